@@ -1,0 +1,1 @@
+"""What happened, and how it is kept: events, the log, the board, simulated raters. Imports nothing of ours."""

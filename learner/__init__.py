@@ -1,0 +1,1 @@
+"""From feedback to a better adapter. May import feedback and serving."""

@@ -1,0 +1,1 @@
+"""Replies, and the policy that gives them. May import feedback."""

@@ -1,0 +1,1 @@
+"""One module per group of routes; each holds short functions whose dependencies have names."""
