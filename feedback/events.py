@@ -1,7 +1,7 @@
 """The wire contract: what is written to the log, in JSON, with a schema number.
 
-Everything that says something about a person (prompt, reply, token ids, text, user) sits in an event's `content`, so that
-erasure can later destroy it as one piece.
+Everything that says something about a person (prompt, reply, token ids, text, user) sits in an event's `content`, so
+that erasure can later destroy it as one piece.
 """
 
 from __future__ import annotations

@@ -1,0 +1,67 @@
+# `make up` starts Heed on this machine; `make test` tests it. Both begin from a fresh clone and prepare what they need.
+#
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu   another index for torch (default: the platform's usual build)
+#   PYTHON=python3.12                                  another Python, 3.11 or newer (default: the first one found)
+
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch~=2.13.0
+TORCH_INDEX ?=
+PYTHON ?=
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
+
+.PHONY: help up test lint format bench bench-learn soak clean
+.DEFAULT_GOAL := help
+
+help: ## say what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+up: $(VENV)/.heed ## start chat server and learner on this machine
+	@exec $(BIN)/heed up
+
+test: $(VENV)/.heed-test ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.heed-test ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.heed-test ## put imports and layout in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-learn ## run the benchmarks (hours; finished parts are kept)
+
+bench-learn: $(VENV)/.heed-test ## how fast and how well it learns from thumbs (resumable)
+	$(BIN)/python benchmarks/learn_live.py
+
+soak: $(VENV)/.heed-test ## the long version of the tests that kill processes
+	HEED_SOAK=1 $(BIN)/python -m pytest -m soak --timeout=3600
+
+clean: ## remove what was installed and cached here (never heed-data)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch first: its default build differs by platform, and an index of its own must not serve the other packages.
+$(VENV)/.heed: pyproject.toml | $(BIN)/python
+	@echo "Installing Heed into $(VENV) (the first time this fetches PyTorch: some minutes) ..."
+	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.heed-test: pyproject.toml | $(VENV)/.heed
+	@echo "Installing what the tests need ..."
+	@$(PIP) install --editable ".[test]"
+	@touch $@
+
+$(BIN)/python:
+	@python=""; \
+	for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "Heed needs Python 3.11 or newer, found $$($(or $(PYTHON),python3) --version 2>&1). Install one, or: make PYTHON=/path/to/python3.11" >&2; exit 2; \
+	fi; \
+	echo "Making a virtual environment in $(VENV) with $$($$python --version) ..."; \
+	$$python -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Python could not make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }

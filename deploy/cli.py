@@ -1,0 +1,231 @@
+"""The `heed` command: its commands and their flags. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from deploy.door import NotDone, address, guarded, prepare_process, settings
+
+app = typer.Typer(
+    name="heed",
+    help="A chat server that learns from its users.\n\nSettings come from flags, HEED_* variables and heed.toml.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+adapters = typer.Typer(name="adapters", help="The versions in the adapter store, and which of them is served.")
+app.add_typer(adapters, no_args_is_help=True)
+
+Data = Annotated[Path | None, typer.Option(help="Folder of everything Heed keeps. (HEED_DATA, else heed-data)")]
+Port = Annotated[int | None, typer.Option(help="TCP port of chat, feedback and page. (HEED_PORT, else 8000)")]
+Host = Annotated[str | None, typer.Option(help="Address to listen on. (HEED_HOST, else 127.0.0.1)")]
+Model = Annotated[str | None, typer.Option(help="Base model: directory or hub id. (HEED_MODEL, else the built-in one)")]
+Url = Annotated[str | None, typer.Option(help="Address of the server. (this machine, HEED_PORT)")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
+
+
+def main() -> None:
+    guarded(app)
+
+
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"heed {installed('heed')}")
+        raise typer.Exit
+
+
+@app.command()
+def up(data: Data = None, port: Port = None, model: Model = None, host: Host = None) -> None:
+    """Start server and learner on this machine; keep them running until Ctrl-C."""
+    from deploy.welcome import run_local
+
+    raise typer.Exit(run_local(settings(data=data, port=port, model=model, host=host), os.environ, Console()))
+
+
+@app.command()
+def serve(
+    data: Data = None, port: Port = None, model: Model = None, host: Host = None, supervised: Supervised = False
+) -> None:
+    """Start the server alone."""
+    config = settings(warn=not supervised, data=data, port=port, model=model, host=host)
+    prepare_process(supervised)
+    from serving.process import serve as run
+
+    raise typer.Exit(run(config.serving))
+
+
+@app.command()
+def learn(
+    data: Data = None,
+    model: Model = None,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="Stop when there is nothing to learn now.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Forget the learner's state; make it anew from the log.")
+    ] = False,
+    supervised: Supervised = False,
+) -> None:
+    """Start the learner alone."""
+    config = settings(warn=not supervised, data=data, model=model)
+    prepare_process(supervised)
+    from learner.process import learn as run
+
+    raise typer.Exit(run(config, until_idle=until_idle, rebuild=rebuild))
+
+
+@app.command()
+def chat(
+    url: Url = None,
+    user: Annotated[str | None, typer.Option(help="Who you are as a rater. (your login name)")] = None,
+    model: Annotated[str, typer.Option(help="A policy, or one version of it: default@v3.")] = "default",
+) -> None:
+    """Talk and rate in the terminal."""
+    from deploy.chat import chat as run
+
+    run(address(url), user or getpass.getuser(), model, Console())
+
+
+@app.command()
+def simulate(
+    url: Url = None,
+    rater: Annotated[
+        str, typer.Option(help="What they like: a manner, or several joined by +, as emoji+short; ? lists them.")
+    ] = "emoji",
+    noise: Annotated[float, typer.Option(min=0, max=1, help="Share of their judgements that is wrong.")] = 0.1,
+    bias: Annotated[float, typer.Option(min=0, help="How much they differ in harshness, log-odds.")] = 0.0,
+    sparsity: Annotated[float, typer.Option(min=0, max=1, help="Share of replies they say nothing of.")] = 0.0,
+    exchanges: Annotated[int, typer.Option(min=1, help="Exchanges to have and rate.")] = 500,
+    raters: Annotated[int, typer.Option(min=1, help="How many people.")] = 24,
+    kinds: Annotated[
+        str, typer.Option(help="How they rate, in turn: thumb, rating, preference, correction.")
+    ] = "thumb",
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON array of what they say. (those of the built-in model)")
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, max=256, help="People talking at the same time.")] = 8,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a better version at the end, before asking again.")
+    ] = 120,
+    seed: Annotated[int, typer.Option(help="The same seed: the same people.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Simulated people with a hidden taste chat and rate; watch what they think change."""
+    from deploy.simulate import Plan, run
+
+    plan = Plan(
+        url=address(url), taste=rater, noise=noise, bias=bias, sparsity=sparsity, exchanges=exchanges, raters=raters,
+        kinds=kinds, prompts=prompts, at_once=at_once, wait_s=wait, seed=seed,
+    )  # fmt: skip
+    run(plan, Console(stderr=as_json), as_json)
+
+
+@app.command()
+def check(
+    data: Data = None, port: Port = None, model: Model = None, host: Host = None, as_json: AsJson = False
+) -> None:
+    """Is everything here reachable and sane? Model, log, adapters, disk, clock, device, server, learner."""
+    from deploy.check import run
+
+    raise typer.Exit(run(settings(data=data, port=port, model=model, host=host), Console(), as_json))
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Directory of the model to make.")],
+    seed: Annotated[int, typer.Option(help="The same seed: the same model.")] = 0,
+    corpus: Annotated[
+        list[Path] | None, typer.Option(help="Text or JSONL of chats to learn instead; may be repeated.")
+    ] = None,
+) -> None:
+    """Make the built-in base model again, or one from your own text."""
+    from learner.pretrain import pretrain as run
+
+    try:
+        run(out, seed=seed, corpus_files=corpus or None)
+    except (ValueError, FileExistsError) as error:
+        raise NotDone(str(error)) from error
+
+
+@adapters.command("list")
+def list_versions(data: Data = None, as_json: AsJson = False) -> None:
+    """Every version, and which one is served."""
+    from deploy import versions
+
+    listed = versions.listing(versions.store_of(settings(data=data)))
+    print(json.dumps(listed)) if as_json else versions.print_listing(listed, Console())
+
+
+@adapters.command("show")
+def show_version(version: str, data: Data = None) -> None:
+    """All that is known of a version, as JSON: parent, feedback, update, gate, files."""
+    from deploy import versions
+
+    print(json.dumps(versions.show(versions.store_of(settings(data=data)), versions.number(version)), indent=2))
+
+
+Reason = Annotated[str, typer.Option(help="Why; kept in the release's history.")]
+
+
+@adapters.command("promote")
+def promote_version(version: str, reason: Reason = "", data: Data = None, model: Model = None) -> None:
+    """Serve this version from now on, gated or not (v0: the base)."""
+    from deploy import versions
+
+    config = settings(data=data, model=model)
+    store, chosen = versions.store_of(config), versions.number(version)
+    base = versions.base_of(config) if chosen else None
+    release = store.change("promote", "operator", version=chosen, reason=reason, base=base)
+    print(f"{store.policy} serves v{release.current} (before: v{release.last_good})")
+
+
+@adapters.command("rollback")
+def roll_back(reason: Reason = "", data: Data = None) -> None:
+    """Serve the version that was served before the current one."""
+    from deploy import versions
+
+    store = versions.store_of(settings(data=data))
+    left = store.release().current
+    release = store.change("rollback", "operator", reason=reason)
+    print(f"{store.policy} serves v{release.current} (rolled back from v{left})")
+
+
+@adapters.command("verify")
+def verify_versions(
+    version: Annotated[str | None, typer.Argument(help="One version. (all)")] = None,
+    data: Data = None,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check digests, shapes, numbers and fit to the base; exit code 1 when a version is bad."""
+    from deploy import versions
+
+    config = settings(data=data, model=model)
+    store = versions.store_of(config)
+    chosen = store.versions() if version is None else [versions.number(version)]
+    problems = versions.verify(store, chosen, versions.base_of(config))
+    print(json.dumps(problems)) if as_json else versions.print_problems(problems, Console())
+    raise typer.Exit(int(any(problems.values())))
+
+
+@adapters.command("import")
+def import_adapter(folder: Path, data: Data = None, model: Model = None) -> None:
+    """Make a PEFT adapter from elsewhere the next version; served to nobody until it is promoted."""
+    from deploy import versions
+
+    config = settings(data=data, model=model)
+    version = versions.store_of(config).import_adapter(folder, versions.base_of(config))
+    print(f"imported as v{version}; to serve it: heed adapters promote v{version}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The door of a process: settings are read here and nowhere else, and expected faults become one line.
+
+Exit codes: 0 done; 1 a command did not get what it was asked for; 2 a wrong setting or flag; from 3 on a start that
+cannot succeed as things are (serving/exits.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from serving.exits import Exit
+
+if TYPE_CHECKING:
+    from learner.config import LearnerConfig
+
+EXPECTED = {
+    "feedback.config.SettingError": Exit.SETTING,
+    "feedback.log.LogUnavailable": Exit.DATA,
+    "serving.model.ModelError": Exit.MODEL,
+    "serving.peft_files.BadAdapter": Exit.FAILED,
+    "serving.release.ReleaseRefused": Exit.FAILED,
+    "serving.release.ReleaseBroken": Exit.FAILED,
+    "serving.durable.StoreBusy": Exit.FAILED,
+    "deploy.client.Refused": Exit.FAILED,
+    "deploy.door.NotDone": Exit.FAILED,
+}
+"""Faults told in one line, with their exit codes. By name: importing them would load torch for `heed --help`."""
+
+
+class NotDone(Exception):
+    """A command did not get what it was asked for; the message says why."""
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Runs a command line. An expected fault is one line on standard error and an exit code, never a traceback."""
+    try:
+        command()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        code = exit_code_of(error)
+        if code is None:
+            raise
+        complain(str(error), "red")
+        sys.exit(code)
+
+
+def exit_code_of(error: Exception) -> int | None:
+    """The exit code of an expected fault, by the names of its class and of those above it; None for a defect."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
+    return next((EXPECTED[name] for name in names if name in EXPECTED), None)
+
+
+def complain(message: str, colour: str) -> None:
+    Console(stderr=True).print(f"[{colour}]heed:[/{colour}] {escape(message)}", soft_wrap=True, highlight=False)
+
+
+def settings(*, warn: bool = True, **flags: object) -> LearnerConfig:
+    """All that is set: flags (None: not given) before HEED_* variables before ./heed.toml. Raises SettingError."""
+    from feedback.config import load, unknown_settings
+    from learner.config import LearnerConfig
+
+    for message in unknown_settings(os.environ, LearnerConfig) if warn else ():
+        complain(message, "yellow")
+    return load(LearnerConfig, environ=os.environ, toml=Path("heed.toml"), flags=flags)
+
+
+def address(url: str | None) -> str:
+    """The server to talk to: the one named, else the one these settings start."""
+    if url is not None:
+        return url if "://" in url else f"http://{url}"
+    from deploy.local import url_of
+
+    serving = settings().serving
+    return url_of(serving.host, serving.port)
+
+
+def prepare_process(supervised: bool) -> None:
+    """What a server or learner needs before its first heavy import: a log on standard error, and its supervisor."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for room in ("feedback", "serving", "learner"):
+        logging.getLogger(room).setLevel(logging.INFO)
+    if supervised:
+        from deploy.local import stop_with_the_supervisor
+
+        stop_with_the_supervisor()

@@ -1,0 +1,110 @@
+"""`heed up` as people see it: the lines of both processes, and once they are ready, where everything is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from deploy.local import Child, Supervisor, Timing, url_of
+from learner.config import LearnerConfig
+
+COLOURS = {"server": "cyan", "learner": "magenta", "heed": "green"}
+
+
+def run_local(config: LearnerConfig, environ: Mapping[str, str], console: Console, timing: Timing | None = None) -> int:
+    """Runs both processes until told to stop; returns the exit code. `environ` is what they inherit."""
+    serving = config.serving
+    port = serving.port or free_port(serving.host)
+    environ = environ_of_children(config, port, environ)
+
+    def say(source: str, line: str) -> None:
+        console.print(Text(f"{source:>7} | ", COLOURS[source]) + Text(line), soft_wrap=True)
+
+    supervisor = Supervisor(
+        Child("server", command("serve"), environ),
+        Child("learner", command("learn"), environ),
+        ready=(serving.host, port),
+        say=say,
+        on_ready=lambda: welcome(config, port, console),
+        timing=timing,
+    )
+    say("heed", f"starting the server, then the learner; everything is kept in {serving.feedback.data.absolute()}")
+    return asyncio.run(supervised(supervisor))
+
+
+async def supervised(supervisor: Supervisor) -> int:
+    return await supervisor.run()
+
+
+def command(name: str) -> list[str]:
+    """-P: a folder of the same name where the user happens to stand must not be taken for ours."""
+    return [sys.executable, "-P", "-m", "deploy.cli", name, "--supervised"]
+
+
+def environ_of_children(config: LearnerConfig, port: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the children inherit: flags handed on as variables, which beat heed.toml as the flags did."""
+    serving = config.serving
+    handed_on = {
+        "HEED_DATA": str(serving.feedback.data),
+        "HEED_HOST": serving.host,
+        "HEED_PORT": str(port),
+        **({"HEED_MODEL": serving.model} if serving.model is not None else {}),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if "drain_delay_s" not in serving.model_fields_set:
+        handed_on["HEED_DRAIN_DELAY_S"] = "0"  # no proxy stands before it that would have to notice
+    return {**environ, **handed_on}
+
+
+def free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def welcome(config: LearnerConfig, port: int, console: Console) -> None:
+    """Where everything is, and what to do first."""
+    url, heed = url_of(config.serving.host, port), own_name()
+    named = "" if port == 8000 else f" --url {url}"
+    places = {
+        "page": f"{url}/",
+        "API": f"{url}/v1   (base_url of any OpenAI client)",
+        "server": f"{url}/metrics",
+        "learner": f"{url_of('127.0.0.1', config.learner_metrics_port)}/metrics",
+        "data": str(config.serving.feedback.data.absolute()),
+    }
+    if not config.learner_metrics_port:
+        del places["learner"]
+    nexts = {
+        "talk and rate": "open the page, or: " + f"{heed} chat{named}",
+        "watch it learn": f"{heed} simulate --rater emoji{named}",
+        "stop": "Ctrl-C",
+    }
+    if not console.is_terminal:
+        for what, value in {**places, **nexts}.items():
+            console.print(f"   heed | {what}: {value}", soft_wrap=True, markup=False, highlight=False)
+        return
+    table = Table.grid(padding=(0, 2))
+    for what, value in {**places, "": "", **nexts}.items():
+        table.add_row(Text(what, "bold"), Text(value, overflow="fold"))
+    console.print(Panel(table, title="Heed is running", border_style="green", expand=False))
+
+
+def own_name() -> str:
+    """How the user calls this command from where they stand."""
+    own = Path(sys.argv[0])
+    if shutil.which("heed") or own.name != "heed":
+        return "heed"
+    return os.path.relpath(own)

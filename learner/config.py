@@ -1,0 +1,67 @@
+"""Settings of the learner: frozen, each with its unit and bounds, built once at the door."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from feedback.config import Settings
+from serving.config import ServingConfig
+
+ENOUGH_AFTER_INTERVAL = 20
+"""New judgements that start an update once `update_interval_s` has passed, where the minimum is not lower still."""
+
+
+class LearnerConfig(Settings):
+    """What a learner is told at its start."""
+
+    serving: ServingConfig = Field(default_factory=ServingConfig)
+
+    update_min_feedback: int = Field(
+        50, ge=1, le=1_000_000, description="New judgements (joined thumbs, ratings, preferences) that start an update."
+    )
+    update_interval_s: float = Field(
+        300.0,
+        ge=1,
+        le=31_536_000,
+        description="Seconds since the last update after which 20 new judgements are enough (or the minimum, if less).",
+    )
+    learner_metrics_port: int = Field(
+        9464, ge=0, le=65535, description="TCP port of the learner's /metrics and /health; 0 has none."
+    )
+    nice: int = Field(
+        4, ge=0, le=5, description="Niceness of the learner, so that replies go first and learning never starves."
+    )
+    learner_threads: int = Field(
+        0, ge=0, le=1024, description="Compute threads of the learner; 0 leaves the choice to torch."
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the learner's random numbers.")
+    learning_rate: float | None = Field(
+        None, gt=0, le=0.1, description="Learning rate of the policy's adapter; unset: chosen by the model's size."
+    )
+    kl_target: float = Field(
+        1.5, gt=0, le=100, description="Nats a reply from the reference that the KL coefficient steers to."
+    )
+    kl_limit: float = Field(
+        2.0,
+        gt=0,
+        le=100,
+        description="Nats a reply from the reference at which an update ends, and above which the gate says no.",
+    )
+    rollouts: int = Field(128, ge=2, le=65_536, description="Fresh replies of one PPO batch.")
+    minibatch: int = Field(32, ge=1, le=65_536, description="Replies of one optimiser step.")
+    ppo_epochs: int = Field(2, ge=1, le=16, description="Passes over a PPO batch.")
+    update_batches: int = Field(16, ge=1, le=10_000, description="Most PPO batches of one update.")
+    rollout_tokens: int = Field(128, ge=1, le=65_536, description="Most tokens of a fresh reply.")
+    gate_samples: int = Field(256, ge=2, le=65_536, description="Fresh replies that the gate judges a candidate by.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the learner keeps its state and checkpoints."""
+        return self.serving.feedback.data / "learner"
+
+    @property
+    def enough_after_interval(self) -> int:
+        """New judgements that start an update once the interval has passed."""
+        return min(ENOUGH_AFTER_INTERVAL, self.update_min_feedback)

@@ -1,0 +1,42 @@
+"""When an update is due, and how many new judgements are still wanting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from feedback.board import Board
+from learner.config import LearnerConfig
+from learner.ledger import Ledger
+from learner.state import State
+
+
+class Due:
+    """Weighs what came since the last update against the settings and the operator's wish."""
+
+    def __init__(
+        self, config: LearnerConfig, board: Board, state: State, ledger: Ledger, clock: Callable[[], float]
+    ) -> None:
+        self.config = config
+        self.board = board
+        self.state = state
+        self.ledger = ledger
+        self.clock = clock
+
+    def __bool__(self) -> bool:
+        """Enough new judgements; or an operator asked, and there is anything at all to learn from."""
+        if self.asked_for():
+            return self.state.judgement_count(fresh=False) > 0
+        return self.state.judgement_count(fresh=True) >= self.needed()
+
+    def asked_for(self) -> bool:
+        """Whether an operator asked for an update after the last one began."""
+        asked, last = self.board.update_asked(), self.ledger.last()
+        return asked is not None and (last is None or asked > last.started)
+
+    def needed(self) -> int:
+        """New judgements that start an update now: fewer once the last update, or the first judgement, is long ago."""
+        last = self.ledger.last()
+        since = last.finished if last is not None else self.state.oldest_fresh_at()
+        if since is not None and self.clock() - since >= self.config.update_interval_s:
+            return self.config.enough_after_interval
+        return self.config.update_min_feedback

@@ -1,0 +1,286 @@
+"""PPO: rollouts → scores → advantages → minibatches → optimiser steps, until the budget is spent.
+
+Axes: B replies, T positions of a padded batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from learner import ppo
+from learner.model import Batch, LearnerModel, Tokens, length_sorted
+from learner.rollouts import Prompt, Rollout, Sampler, shuffled
+from serving.lora import AdapterWeights
+
+POLICY, VALUE = "policy", "value"
+
+
+@dataclass(frozen=True, slots=True)
+class PPOConfig:
+    """PPO's settings, the defaults of the recipe."""
+
+    rollouts: int = 128
+    """Fresh replies of a batch."""
+    minibatch: int = 32
+    """Replies of an optimiser step."""
+    epochs: int = 2
+    """Passes over a batch."""
+    batches: int = 16
+    """At most so many in an update."""
+    lr: float = 1e-3
+    value_lr: float = 1e-3
+    warmup_steps: int = 4
+    """Optimiser steps over which the learning rate rises."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    dual_clip: float = 3.0
+    value_clip: float = 0.2
+    score_clip: float = 5.0
+    missing_eos_penalty: float = 1.0
+    beta: float = 0.05
+    """Price of a nat at the start."""
+    kl_target: float = 1.5
+    """Nats a reply that the price steers to."""
+    kl_limit: float = 2.0
+    """Nats a reply, on fresh samples, at which the update ends."""
+    kl_horizon: float = 20.0
+    step_limit: float = 0.02
+    """Nats a token (k3) between the rollouts' policy and the new one, at which a batch's epochs end."""
+    patience: int = 3
+    """Batches without a better mean score, after which the update ends."""
+    max_mean_ratio: float = 10.0
+    """A minibatch whose mean ratio is above this is skipped."""
+    grad_clip: float = 1.0
+    value_ready: float = 0.2
+    """Explained variance from which on the policy may move."""
+    value_warmup: int = 4
+    """At most so many passes of the value over the first batch."""
+    micro_tokens: int = 4096
+    """Padded tokens of one forward pass."""
+    seed: int = 0
+
+
+class Scorer(Protocol):
+    """What PPO asks of a reward model."""
+
+    def score(self, samples: Sequence[Tokens]) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class Experience:
+    """A batch of rollouts with everything the losses need, [B, T]."""
+
+    batch: Batch
+    old_BT: Tensor
+    values_BT: Tensor
+    advantages_BT: Tensor
+    returns_BT: Tensor
+    figures: dict[str, float]
+
+
+@dataclass(slots=True)
+class PolicyReport:
+    """What an update did: one row of figures a batch, and why it ended."""
+
+    batches: list[dict[str, float]] = field(default_factory=list)
+    stopped: str = ""
+    kl: float = 0.0
+    """Full-vocabulary KL to the reference, nats a reply, of the weights that were kept, on the rollouts that measured them."""
+
+
+class Improver:
+    """One update's PPO: holds the optimisers, the price of a nat and the best weights so far."""
+
+    def __init__(
+        self,
+        model: LearnerModel,
+        value_head: nn.Module,
+        reward: Scorer,
+        sampler: Sampler,
+        config: PPOConfig,
+    ) -> None:
+        self.model, self.value_head, self.reward, self.sampler, self.config = model, value_head, reward, sampler, config
+        self.policy_parameters = list(model.adapter(POLICY).parameters())
+        self.value_parameters = [*model.adapter(VALUE).parameters(), *value_head.parameters()]
+        self.optimisers = {
+            POLICY: _adamw(self.policy_parameters, config.lr),
+            VALUE: _adamw(self.value_parameters, config.value_lr),
+        }
+        self.control = ppo.KLController(config.beta, config.kl_target, config.kl_horizon)
+        self.order = random.Random(config.seed)
+        self.steps = 0
+
+    def run(self, prompts: Sequence[Prompt], progress: Callable[[str, float], None]) -> PolicyReport:
+        """Improve the policy's adapter until a stop fires, and leave the best weights in it."""
+        config, report = self.config, PolicyReport()
+        queue = shuffled(prompts, config.seed)
+        best: AdapterWeights | None = None
+        best_score, since_best = -math.inf, 0
+        for number in range(config.batches):
+            progress("rollouts", number / config.batches)
+            started = time.perf_counter()
+            weights = self.model.adapter(POLICY).weights()
+            drawn = list(itertools.islice(queue, config.rollouts))
+            rollouts = self.sampler.sample(drawn, weights, seed=self.order.getrandbits(32))
+            sampled = time.perf_counter()
+            experience = self.look_at(rollouts)
+            figures = experience.figures
+            looked = time.perf_counter()
+            report.batches.append(figures)
+            figures |= {"beta": self.control.beta, "sample_s": sampled - started, "look_s": looked - sampled}
+            if figures["kl"] > config.kl_limit:
+                report.stopped = f"the KL to the reference reached {figures['kl']:.2f} nats a reply"
+                break
+            best, report.kl = weights, figures["kl"]
+            if figures["score"] > best_score + 0.02:
+                best_score, since_best = figures["score"], 0
+            else:
+                since_best += 1
+            if since_best >= config.patience:
+                report.stopped = f"{config.patience} batches brought no reward"
+                break
+            progress("ppo", number / config.batches)
+            if number == 0:
+                figures["explained_variance"] = self.warm_up(experience)
+            figures |= self.learn_from(experience)
+            self.control.update(figures["kl"])
+            figures["learn_s"] = time.perf_counter() - looked
+        report.stopped = report.stopped or f"all {config.batches} batches were used"
+        if best is not None and report.batches[-1]["kl"] > config.kl_limit:
+            self.model.adapter(POLICY).load(best)
+        return report
+
+    # experience
+
+    @torch.no_grad()
+    def look_at(self, rollouts: Sequence[Rollout]) -> Experience:
+        """Score rollouts and work out what each token was worth."""
+        config = self.config
+        batch = Batch.of(rollouts)
+        groups = list(length_sorted(batch.lengths, config.micro_tokens))
+        old_BT, reference_BT, values_BT, kl_BT = (torch.zeros(batch.ids_BT.shape) for _ in range(4))
+        for rows in groups:
+            part = batch.rows(rows)
+            width = part.ids_BT.shape[1]
+            old_BT[rows, :width], reference_BT[rows, :width], kl_BT[rows, :width] = self.model.compare(part, POLICY, None)
+            values_BT[rows, :width] = self.values(part)
+        mask_BT = batch.mask_BT
+        scores_B = self.reward.score(rollouts).clamp(-config.score_clip, config.score_clip)
+        cut_B = torch.tensor([not rollout.ended for rollout in rollouts])
+        penalised_B = scores_B - config.missing_eos_penalty * cut_B
+        k1_BT = ppo.k1(old_BT, reference_BT, mask_BT)
+        rewards_BT = ppo.token_rewards(penalised_B, k1_BT, mask_BT, self.control.beta)
+        advantages_BT, returns_BT = ppo.gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
+        figures = {
+            "score": float(penalised_B.mean()),
+            "kl": float(kl_BT.sum(1).mean()),
+            "k1": float(k1_BT.sum(1).mean()),
+            "tokens": float(mask_BT.sum(1).float().mean()),
+            "ended": 1 - float(cut_B.float().mean()),
+            "explained_variance": ppo.explained_variance(values_BT, returns_BT, mask_BT),
+        }
+        return Experience(batch, old_BT, values_BT, ppo.whiten(advantages_BT, mask_BT), returns_BT, figures)
+
+    def values(self, batch: Batch) -> Tensor:
+        """The value of the state before each reply token, [B, T]; 0 elsewhere."""
+        hidden_BTH = self.model.hidden(batch, VALUE)
+        return batch.spread(self.value_head(hidden_BTH[batch.before_BT]).squeeze(-1))
+
+    # steps
+
+    def warm_up(self, experience: Experience) -> float:
+        """Train the value alone until it explains something; returns its explained variance."""
+        explained = experience.figures["explained_variance"]
+        for _ in range(self.config.value_warmup):
+            if explained > self.config.value_ready:
+                break
+            for rows in self.minibatches(experience):
+                self.value_step(experience, rows)
+            with torch.no_grad():
+                values_BT = torch.zeros_like(experience.values_BT)
+                for rows in _groups(experience.batch, range(len(values_BT)), self.config.micro_tokens):
+                    part = experience.batch.rows(rows)
+                    values_BT[rows, : part.ids_BT.shape[1]] = self.values(part)
+            experience.values_BT = values_BT
+            explained = ppo.explained_variance(values_BT, experience.returns_BT, experience.batch.mask_BT)
+        return explained
+
+    def minibatches(self, experience: Experience) -> Iterator[list[int]]:
+        order = list(range(len(experience.old_BT)))
+        self.order.shuffle(order)
+        for start in range(0, len(order), self.config.minibatch):
+            yield order[start : start + self.config.minibatch]
+
+    def learn_from(self, experience: Experience) -> dict[str, float]:
+        moved, epochs = 0.0, 0
+        for _ in range(self.config.epochs):
+            for rows in self.minibatches(experience):
+                self.steps += 1
+                if moved <= self.config.step_limit:
+                    moved = self.policy_step(experience, rows)
+                self.value_step(experience, rows)
+            epochs += 1
+            if moved > self.config.step_limit:
+                break
+        return {"moved": moved, "epochs": epochs}
+
+    def policy_step(self, experience: Experience, rows: list[int]) -> float:
+        config, batch = self.config, experience.batch
+        tokens = int(batch.mask_BT[rows].sum())
+        moved = ratio = 0.0
+        for micro in _groups(batch, rows, config.micro_tokens):
+            part = batch.rows(micro)
+            width = part.ids_BT.shape[1]
+            old_BT, advantages_BT = experience.old_BT[micro, :width], experience.advantages_BT[micro, :width]
+            new_BT = self.model.logprobs(part, POLICY)
+            ppo.policy_loss(
+                new_BT, old_BT, advantages_BT, part.mask_BT, clip=config.clip, dual_clip=config.dual_clip, tokens=tokens
+            ).backward()
+            with torch.no_grad():
+                moved += float(ppo.k3(new_BT, old_BT, part.mask_BT).sum()) / tokens
+                ratio += float(ppo.masked_sum(ppo.ratio(new_BT, old_BT, part.mask_BT), part.mask_BT)) / tokens
+        self.step(POLICY, self.policy_parameters, skip=ratio > config.max_mean_ratio)
+        return moved
+
+    def value_step(self, experience: Experience, rows: list[int]) -> None:
+        config, batch = self.config, experience.batch
+        tokens = int(batch.mask_BT[rows].sum())
+        for micro in _groups(batch, rows, config.micro_tokens):
+            part = batch.rows(micro)
+            width = part.ids_BT.shape[1]
+            ppo.value_loss(
+                self.values(part),
+                experience.values_BT[micro, :width],
+                experience.returns_BT[micro, :width],
+                part.mask_BT,
+                clip=config.value_clip,
+                tokens=tokens,
+            ).backward()
+        self.step(VALUE, self.value_parameters)
+
+    def step(self, name: str, parameters: list[nn.Parameter], *, skip: bool = False) -> None:
+        optimiser = self.optimisers[name]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        if not skip and bool(torch.isfinite(norm)):
+            optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+
+def _groups(batch: Batch, rows: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Rows in groups of like length, of at most `max_tokens` padded tokens each."""
+    for group in length_sorted([batch.lengths[row] for row in rows], max_tokens):
+        yield [rows[index] for index in group]
+
+
+def _adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)

@@ -1,0 +1,52 @@
+"""From the log into the state: reading, and knowing when there is nothing left to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from feedback.events import EXCHANGES, FEEDBACK
+from feedback.log import Log
+from learner.metrics import LearnerMetrics
+from learner.state import State
+
+BATCH = 1000
+"""Events of one transaction."""
+
+
+class Intake:
+    """Reads exchanges and feedback into the state, each event once."""
+
+    def __init__(
+        self, log: Log, state: State, metrics: LearnerMetrics, *, join_wait_s: float, clock: Callable[[], float]
+    ) -> None:
+        """`join_wait_s`: seconds that feedback waits for the exchange it speaks of."""
+        self.log = log
+        self.state = state
+        self.metrics = metrics
+        self.join_wait_s = join_wait_s
+        self.clock = clock
+        self.started = clock()
+
+    def absorb(self) -> bool:
+        """Take a batch of each topic in; true while there is more to read. Raises LogUnavailable."""
+        more = False
+        for topic in (EXCHANGES, FEEDBACK):
+            records = self.log.read(topic, self.offset(topic), BATCH)
+            if records:
+                self.state.absorb(records, self.clock())
+            self.metrics.lag.labels(topic).set(max(0, self.log.end(topic) - self.offset(topic)))
+            more = more or len(records) == BATCH
+        if self.exchanges_are_read():
+            self.state.give_up_waiting(self.clock() - self.join_wait_s, self.clock())
+        return more
+
+    def exchanges_are_read(self) -> bool:
+        """Whether an exchange that is not in the state is nowhere. A log that shows no end may only be away for now."""
+        end = self.log.end(EXCHANGES)
+        if end == 0:
+            return self.clock() - self.started > self.join_wait_s
+        return self.offset(EXCHANGES) >= end
+
+    def offset(self, topic: str) -> int:
+        """The last offset of the topic that is in the state."""
+        return self.state.offsets().get(topic, 0)

@@ -1,0 +1,223 @@
+"""The updates, each a row in the state file, so that a kill at any moment neither ships one twice nor loses it.
+
+    running ──gate says no──▶ refused
+       │  └────an error─────▶ failed
+       └─in the store───────▶ published ──it is served──▶ released
+                                  └─the release was changed by hand meanwhile─▶ passed_over
+
+`running` and `published` survive a restart and are then finished: a running update whose version lies in the store
+already is published, any other is run again under its number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from feedback.events import FEEDBACK
+from learner.state import LEARNED_FROM, State
+
+if TYPE_CHECKING:
+    from serving.adapters import Manifest
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One learner round; times in seconds since the epoch."""
+
+    number: int
+    status: str
+    started: float
+    finished: float | None
+    current: int
+    """The version that was released when it began: what its candidate replaces."""
+    offsets: Json
+    feedback: int
+    """How many judgements it learned from."""
+    version: int | None
+    why: str | None
+    """Why it shipped nothing, in a sentence."""
+    report: Json | None
+    gate: Json | None
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What an update leaves behind besides weights."""
+
+    report: Json
+    gate: Json
+    reached: Mapping[str, float]
+    """Status of its feedback's stories → when it was reached."""
+
+
+class Ledger:
+    """Begins and ends updates, and adds them to the stories of the feedback they learned from."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def begin(self, *, current: int, above: int, now: float) -> Update:
+        """Open an update over all judgements that count now, or the interrupted one anew.
+
+        `above` is the highest number that the store's versions know, so that a state made anew repeats none.
+        """
+        offsets = self.state.offsets()
+        with self.state.transaction() as db:
+            running = db.execute("SELECT number FROM updates WHERE status = 'running'").fetchone()
+            highest = db.execute("SELECT coalesce(max(number), 0) FROM updates").fetchone()[0]
+            number = running[0] if running else max(highest, above) + 1
+            self._mark_learned(number)
+            count = self.state.judgement_count(fresh=False)
+            db.execute(
+                "INSERT OR REPLACE INTO updates (number, status, started, current, offsets, feedback)"
+                " VALUES (?, 'running', ?, ?, ?, ?)",
+                (number, now, current, json.dumps(offsets), count),
+            )
+        return self[number]
+
+    def __getitem__(self, number: int) -> Update:
+        update = self._one("WHERE number = ?", number)
+        if update is None:
+            raise KeyError(f"there is no update {number}")
+        return update
+
+    def last(self) -> Update | None:
+        """The newest update, finished or not."""
+        return self._one("")
+
+    def unfinished(self) -> Update | None:
+        """The update that is running or waits to be released."""
+        return self._one("WHERE status IN ('running', 'published')")
+
+    def refused(self, update: Update, learned: Learned, why: str, now: float) -> Update:
+        """The gate said no."""
+        with self.state.transaction():
+            self._close(update, "refused", now, why=why, report=learned.report, gate=learned.gate)
+            self._tell(update.number, learned.reached)
+        return self[update.number]
+
+    def published(self, update: Update, version: int, learned: Learned) -> Update:
+        """Its candidate lies in the store as this version."""
+        with self.state.transaction():
+            self._close(update, "published", None, version=version, report=learned.report, gate=learned.gate)
+            self._tell(update.number, learned.reached)
+        return self[update.number]
+
+    def released(self, update: Update, now: float) -> Update:
+        """Its version is what the release names: only now does its feedback count as in a version."""
+        with self.state.transaction():
+            self._close(update, "released", now)
+            self._tell(update.number, {"in_version": now}, update.version)
+        return self[update.number]
+
+    def passed_over(self, update: Update, why: str, now: float) -> Update:
+        """Its version is not released, and its feedback is new again for the next update."""
+        with self.state.transaction() as db:
+            self._close(update, "passed_over", now, why=why)
+            db.execute("UPDATE feedback SET learned_in = NULL WHERE learned_in = ?", (update.number,))
+        return self[update.number]
+
+    def failed(self, update: Update, why: str, now: float) -> Update:
+        """It broke on an error. Its feedback is no longer new, lest the same error be met again and again."""
+        with self.state.transaction():
+            self._close(update, "failed", now, why=why)
+        return self[update.number]
+
+    def adopt(self, manifests: Sequence[Manifest], approved: Collection[int]) -> None:
+        """For a state made anew from the log: the updates that the store's versions came from, oldest first.
+
+        What versions that were served (`approved`) have learned from is not new.
+        """
+        with self.state.transaction() as db:
+            for manifest in manifests:
+                number, offsets = self.number_of(manifest), _offsets(manifest)
+                served = manifest.version in approved
+                db.execute(
+                    "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
+                    (
+                        number,
+                        "released" if served else "passed_over",
+                        manifest.created,
+                        manifest.created,
+                        manifest.parent,
+                        json.dumps(offsets),
+                        manifest.feedback.get("count", 0),
+                        manifest.version,
+                        json.dumps(manifest.update),
+                        json.dumps(manifest.gate),
+                    ),
+                )
+                if served:
+                    self._mark_learned(number, up_to=offsets.get(FEEDBACK, 0))
+                    reached = dict.fromkeys(("in_reward_model", "in_update", "in_version"), manifest.created)
+                    self._tell(number, reached, manifest.version)
+
+    @staticmethod
+    def number_of(manifest: Manifest) -> int:
+        """The update that made a version."""
+        number = manifest.update["number"]
+        assert isinstance(number, int)
+        return number
+
+    def _mark_learned(self, number: int, up_to: int = 2**62) -> None:
+        """The fresh judgements, up to a place in the log, are this update's."""
+        self.state.db.execute(
+            f"UPDATE feedback AS f SET learned_in = :number WHERE {LEARNED_FROM}"
+            " AND learned_in IS NULL AND place <= :up_to",
+            {**self.state.line, "number": number, "up_to": up_to},
+        )
+
+    def _close(self, update: Update, status: str, finished: float | None, **columns: object) -> None:
+        settings = {"status": status, "finished": finished, **columns}
+        values = [json.dumps(value) if isinstance(value, Mapping) else value for value in settings.values()]
+        assignments = ", ".join(f"{column} = ?" for column in settings)
+        self.state.db.execute(f"UPDATE updates SET {assignments} WHERE number = ?", (*values, update.number))
+
+    def _tell(self, number: int, reached: Mapping[str, float], version: int | None = None) -> None:
+        """A line in the story of each judgement the update learned from, where it is the first of that status."""
+        for status, at in reached.items():
+            self.state.db.execute(
+                "INSERT OR IGNORE INTO stories (feedback_id, status, at, in_update, version)"
+                " SELECT id, :status, :at, :number, :version"
+                f" FROM feedback f WHERE {LEARNED_FROM} AND learned_in <= :number",
+                {**self.state.line, "status": status, "at": at, "number": number, "version": version},
+            )
+
+    def _one(self, where: str, *values: object) -> Update | None:
+        row = self.state.db.execute(
+            "SELECT number, status, started, finished, current, offsets, feedback, version, why, report, gate"
+            f" FROM updates {where} ORDER BY number DESC LIMIT 1",
+            values,
+        ).fetchone()
+        if row is None:
+            return None
+        number, status, started, finished, current, offsets, feedback, version, why, report, gate = row
+        return Update(
+            number=number,
+            status=status,
+            started=started,
+            finished=finished,
+            current=current,
+            offsets=_parsed(offsets) or {},
+            feedback=feedback,
+            version=version,
+            why=why,
+            report=_parsed(report),
+            gate=_parsed(gate),
+        )
+
+
+def _offsets(manifest: Manifest) -> dict[str, int]:
+    offsets = manifest.feedback.get("offsets")
+    found = offsets.items() if isinstance(offsets, dict) else ()
+    return {topic: offset for topic, offset in found if isinstance(offset, int)}
+
+
+def _parsed(text: str | None) -> Json | None:
+    parsed: Json | None = None if text is None else json.loads(text)
+    return parsed

@@ -1,0 +1,287 @@
+"""The learner's loop: from feedback in the log to a version that is served.
+
+    absorb ──▶ enough new judgements? ──▶ reward model, rollouts, PPO, gate ──▶ publish ──▶ release
+       the log, in batches                   the trainer: all tensors          the adapter store
+
+A kill may come between any two lines. Each step looks at what is already so, in the state file, the store and the
+release, and goes on from there; learner/ledger.py draws an update's life.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from feedback.board import Board
+from feedback.log import Log, LogUnavailable
+from learner import checkpoint
+from learner.config import LearnerConfig
+from learner.due import Due
+from learner.figures import jsonable
+from learner.intake import Intake
+from learner.ledger import Learned, Ledger, Update
+from learner.metrics import LearnerMetrics
+from learner.notices import Notices
+from learner.phases import Phases
+from learner.release import Releaser
+from learner.report import policy_report
+from learner.state import State
+from serving.adapters import AdapterStore, BadAdapter, ReleaseBroken, ReleaseRefused, StoreBusy
+
+if TYPE_CHECKING:
+    from learner.update import Candidate, Trainer
+    from serving.lora import AdapterWeights
+
+PROMPTS = 4096
+"""The newest distinct prompts, from which rollouts are made."""
+POLL_S = 0.25
+LONGEST_WAIT_S = 60.0
+BEAT_S = 1.0
+"""Between two looks around while an update runs."""
+REPORT_S = 5.0
+"""Between two reports when nothing happens."""
+
+AWAY = (LogUnavailable, StoreBusy, ReleaseBroken, OSError, sqlite3.OperationalError)
+"""Faults of what the learner leans on (log, disk, store): it waits and tries again, it does not end."""
+
+_log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The learner was told to stop in the middle of an update, which is run again at the next start."""
+
+
+class Learner:
+    """Keeps one policy learning. Everything happens on the thread that calls `run`."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        *,
+        log: Log,
+        board: Board,
+        store: AdapterStore,
+        state: State,
+        trainer: Trainer,
+        metrics: LearnerMetrics,
+        stopping: threading.Event,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.state = state
+        self.trainer = trainer
+        self.stopping = stopping
+        self.clock = clock
+        self.intake = Intake(log, state, metrics, join_wait_s=config.serving.feedback.join_wait_s, clock=clock)
+        self.ledger = Ledger(state)
+        self.due = Due(config, board, state, self.ledger, clock)
+        self.releaser = Releaser(store, trainer.base, log)
+        self.notices = Notices(board, state, metrics)
+        self.phases: Phases | None = None
+        self.looked = self.reported = 0.0
+
+    def run(self, until_idle: bool = False) -> None:
+        """Learn until told to stop; with `until_idle`, until the log is drained and no update is due."""
+        self.restore()
+        wait_s = POLL_S
+        while not self.stopping.is_set():
+            try:
+                busy = self.step()
+            except Stopped:
+                return
+            except AWAY as error:
+                self.notices.waiting(error)
+                self.stopping.wait(wait_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+                continue
+            self.notices.recovered()
+            wait_s = POLL_S
+            if not busy:
+                if until_idle:
+                    return
+                self.stopping.wait(POLL_S)
+
+    def step(self) -> bool:
+        """Look around, then do the update that is due. False when there is nothing to do but wait."""
+        more = self.look_around()
+        if more:
+            return True
+        update = self.ledger.unfinished()
+        if update is not None and update.status == "running":
+            update = self.found_in_store(update)
+        if update is not None and update.status == "published":
+            return self.release(update).status != "published"
+        if self.store.release().paused or not (update or self.due):
+            return False
+        self.update_once()
+        return True
+
+    def update_once(self) -> Update:
+        """One learner round: from all judgements that count to a version that is served, or to why none is."""
+        update = self.begin()
+        candidate = self.learn(update)
+        if candidate is None:
+            return self.fail(update)
+        self.save(update)
+        if not candidate.gate.passed:
+            return self.refuse(update, candidate)
+        update = self.publish(update, candidate)
+        return self.release(update)
+
+    def look_around(self) -> bool:
+        """Absorb what is new, mirror the release, tell the board; true while the log has more."""
+        self.looked = self.clock()
+        more = self.intake.absorb()
+        if not more and self.ledger.last() is None:
+            self.ledger.adopt(self.releaser.made_by_updates(), self.store.release().approved)
+        self.releaser.mirror()
+        told = self.notices.stories()
+        self.notices.freshness()
+        if told or self.phases is not None or self.clock() - self.reported >= REPORT_S:
+            self.report()
+        return more
+
+    def report(self) -> None:
+        """Show on the board what is going on."""
+        self.reported = self.clock()
+        doing = str(self.phases) if self.phases is not None else None
+        release, needed = self.store.release(), self.due.needed()
+        now = self.reported
+        self.notices.report(
+            policy_report(self.state, self.ledger, release=release, now=now, needed=needed, doing=doing)
+        )
+
+    def begin(self) -> Update:
+        """Open the next update, or the interrupted one anew."""
+        made = [Ledger.number_of(manifest) for manifest in self.releaser.made_by_updates()]
+        update = self.ledger.begin(current=self.store.release().current, above=max(made, default=0), now=self.clock())
+        self.phases = Phases(update.number, self.clock)
+        _log.info("update %d: learning from %d judgements", update.number, update.feedback)
+        self.report()
+        return update
+
+    def learn(self, update: Update) -> Candidate | None:
+        """Let the trainer make a candidate; None when it broke, which ends this update and not the learner."""
+        judgements, prompts, parent = self.state.judgements(), self.state.prompts(PROMPTS), self.parent(update.current)
+        seed = self.config.seed + update.number
+        try:
+            return self.trainer.learn(judgements, prompts, parent=parent, seed=seed, progress=self.progress)
+        except Stopped:
+            raise
+        except Exception:
+            _log.exception("update %d failed", update.number)
+            return None
+
+    def parent(self, version: int) -> AdapterWeights | None:
+        """The weights that training begins from: those that are served, or the base's where they do not fit it."""
+        if version == 0:
+            return None
+        try:
+            return self.store.load(version, self.trainer.base)
+        except BadAdapter as error:
+            _log.warning("learning anew from the base: %s", error)
+            return None
+
+    def progress(self, phase: str, fraction: float) -> None:
+        """The trainer calls this all the time: here it is stopped, and here the learner listens while it trains."""
+        if self.stopping.is_set():
+            raise Stopped
+        assert self.phases is not None
+        self.phases.enter(phase, fraction)
+        if self.clock() - self.looked < BEAT_S:
+            return
+        try:
+            self.look_around()
+        except AWAY as error:
+            self.notices.waiting(error)
+
+    def save(self, update: Update) -> None:
+        """Keep what trains beside the policy, so that a restart goes on from it."""
+        tensors, meta = self.trainer.state()
+        label = {"base": self.trainer.base.fingerprint, "offsets": dict(update.offsets), "trainer": meta}
+        checkpoint.save(self.config.folder / "checkpoints", update.number, tensors, label)
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint that fits the base."""
+        found = checkpoint.load(self.config.folder / "checkpoints")
+        if found is None or found.meta["base"] != self.trainer.base.fingerprint:
+            return
+        meta = found.meta["trainer"]
+        assert isinstance(meta, dict)
+        try:
+            self.trainer.restore(found.tensors, meta)
+        except (KeyError, ValueError, RuntimeError) as error:
+            _log.warning("the checkpoint does not fit, learning starts afresh: %s", error)
+
+    def fail(self, update: Update) -> Update:
+        """The trainer broke: the traceback is in the learner's log."""
+        why = f"update {update.number} failed (the learner's log says on what)"
+        return self.ended(self.ledger.failed(update, why, self.clock()))
+
+    def refuse(self, update: Update, candidate: Candidate) -> Update:
+        """The gate said no: nothing ships, and everyone can read why."""
+        said = " ".join(check.sentence for check in candidate.gate.checks if check.verdict == "fail")
+        why = f"the gate said no to update {update.number}: {said}"
+        update = self.ledger.refused(update, self.learned(candidate), why, self.clock())
+        self.notices.learned(update)
+        return self.ended(update)
+
+    def publish(self, update: Update, candidate: Candidate) -> Update:
+        """Put a candidate that passed the gate into the store, with what it came from. Served to nobody yet."""
+        learned = self.learned(candidate)
+        version = self.store.publish(
+            candidate.weights,
+            parent=update.current,
+            base=self.trainer.base,
+            feedback={"count": update.feedback, "offsets": dict(update.offsets)},
+            update={**learned.report, "number": update.number},
+            gate=learned.gate,
+        )
+        update = self.ledger.published(update, version, learned)
+        self.notices.learned(update)
+        return update
+
+    def found_in_store(self, update: Update) -> Update:
+        """A running update whose version was published before a kill is published; any other stays running."""
+        for manifest in self.releaser.made_by_updates():
+            if Ledger.number_of(manifest) == update.number:
+                reached = dict.fromkeys(("in_reward_model", "in_update"), manifest.created)
+                learned = Learned(manifest.update, manifest.gate, reached)
+                return self.ledger.published(update, manifest.version, learned)
+        return update
+
+    def release(self, update: Update) -> Update:
+        """Serve a published update to everyone. It stays published while an operator's pause holds it back."""
+        assert update.version is not None
+        reason = f"update {update.number}: {update.feedback} judgements, passed the gate"
+        try:
+            outcome = self.releaser.promote(update.version, instead_of=update.current, reason=reason)
+            why = f"v{update.version} waits in the store: the release was changed by hand during update {update.number}"
+        except (BadAdapter, ReleaseRefused) as error:
+            outcome, why = "passed_over", f"v{update.version} cannot be served: {error}"
+        if outcome == "paused":
+            self.phases = None
+            return update
+        if outcome == "passed_over":
+            return self.ended(self.ledger.passed_over(update, why, self.clock()))
+        self.store.prune()
+        return self.ended(self.ledger.released(update, self.clock()))
+
+    def learned(self, candidate: Candidate) -> Learned:
+        """What an update leaves behind besides weights, as JSON takes it."""
+        assert self.phases is not None
+        report, gate = jsonable(candidate.report), jsonable(dataclasses.asdict(candidate.gate))
+        return Learned(report, gate, self.phases.reached())
+
+    def ended(self, update: Update) -> Update:
+        """Tell everyone how an update ended."""
+        self.phases = None
+        self.notices.ended(update)
+        self.report()
+        return update

@@ -1,0 +1,112 @@
+"""The learner's numbers for Prometheus, and the small HTTP server that shows them with `/health`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+
+_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_PHASE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 900, 3600, 14400)
+_FRESHNESS_BUCKETS = (5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1800, 3600, 14400, 86400)
+
+PHASES = ("reward", "rollouts", "ppo", "gate")
+
+
+class LearnerMetrics:
+    """Every metric of the learner, in a registry of its own. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        self.lag = Gauge("heed_learner_offset_lag", "Events in the log not yet absorbed.", ["topic"], **own)
+        self.updates = Counter("heed_updates", "Learner rounds that ended.", ["outcome"], **own)
+        self.seconds = Histogram(
+            "heed_update_seconds", "Seconds a phase of an update took.", ["phase"], buckets=_PHASE_BUCKETS, **own
+        )
+        self.checks = Counter("heed_gate_checks", "Checks of the gate.", ["check", "verdict"], **own)
+        self.freshness = Histogram(
+            "heed_freshness_seconds",
+            "Seconds from a feedback's acceptance to serving an adapter trained on it.",
+            buckets=_FRESHNESS_BUCKETS,
+            **own,
+        )
+        self.dropped = _Totals("heed_feedback_dropped", "Feedback that does not count.", "reason")
+        self.registry.register(self.dropped)
+        self.figures: dict[str, Gauge] = {}
+
+    def show(self, figures: Mapping[str, float]) -> None:
+        """Set the gauges of the last update, by their name."""
+        for name, value in figures.items():
+            if name not in self.figures:
+                self.figures[name] = Gauge(name, "Of the last update.", registry=self.registry)
+            self.figures[name].set(value)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _Totals:
+    """A counter whose totals live in the state file, so that a restart does not set them back."""
+
+    def __init__(self, name: str, text: str, label: str) -> None:
+        self.name, self.text, self.label = name, text, label
+        self.totals: Mapping[str, int] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(self.name, self.text, labels=[self.label])
+        for value, total in self.totals.items():
+            family.add_metric([value], total)
+        yield family
+
+
+class MetricsServer:
+    """Answers GET /metrics and GET /health on a thread of its own, until closed."""
+
+    def __init__(
+        self, host: str, port: int, metrics: LearnerMetrics, health: Callable[[], Mapping[str, object]]
+    ) -> None:
+        """Port 0 takes any free one; `port` says which. Raises OSError when the address is taken or not ours."""
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 10
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if path == "/metrics":
+                    self._answer(200, _CONTENT_TYPE, metrics.text())
+                elif path == "/health":
+                    self._answer(200, "application/json", json.dumps(health()).encode())
+                else:
+                    self._answer(404, "text/plain", b"Here are /metrics and /health.\n")
+
+            def _answer(self, status: int, kind: str, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """A scrape every few seconds is no news."""
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        self._server = Server((host, port), Handler)
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, name="learner-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

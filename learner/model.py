@@ -1,0 +1,256 @@
+"""One frozen base model, and low-rank adapters of it that take turns: policy, reward and value.
+
+The base's weights exist once: `twin` gives the engine, which makes the rollouts, a second module over the same storage.
+
+Axes: B replies, T positions of a padded batch, N tokens of a list, H hidden width, V vocabulary, r rank, I in, O out.
+Batches are padded on the right, so that causality alone keeps the padding from the real tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from learner import ppo
+from serving.lora import AdapterWeights, target_modules
+
+
+class Tokens(Protocol):
+    """A prompt and a reply to it, as token ids."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+    @property
+    def reply_ids(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Prompts with their replies, padded on the right."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    """True where a token belongs to the reply."""
+    lengths: tuple[int, ...]
+    """Tokens of each row, prompt and reply."""
+
+    @classmethod
+    def of(cls, samples: Sequence[Tokens]) -> Batch:
+        """Stack samples; whatever id pads them is never attended to."""
+        lengths = tuple(len(sample.prompt_ids) + len(sample.reply_ids) for sample in samples)
+        ids_BT = torch.zeros(len(samples), max(lengths), dtype=torch.long)
+        mask_BT = torch.zeros(len(samples), max(lengths), dtype=torch.bool)
+        for row, (sample, end) in enumerate(zip(samples, lengths, strict=True)):
+            ids_BT[row, :end] = torch.tensor((*sample.prompt_ids, *sample.reply_ids))
+            mask_BT[row, len(sample.prompt_ids) : end] = True
+        return cls(ids_BT, mask_BT, lengths)
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """Some of the rows, cut to the longest of them."""
+        lengths = tuple(self.lengths[row] for row in rows)
+        index = list(rows)
+        return Batch(self.ids_BT[index, : max(lengths)], self.mask_BT[index, : max(lengths)], lengths)
+
+    @property
+    def before_BT(self) -> Tensor:
+        """True at the position before each reply token: the state in which that token is said."""
+        return torch.cat([self.mask_BT[:, 1:], torch.zeros_like(self.mask_BT[:, :1])], 1)
+
+    def spread(self, values_N: Tensor) -> Tensor:
+        """A value for each reply token, in order, put where that token stands; 0 elsewhere, [B, T]."""
+        return values_N.new_zeros(self.mask_BT.shape).masked_scatter(self.mask_BT, values_N)
+
+
+def length_sorted(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in groups of like length, each of at most `max_tokens` padded tokens (or one row)."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        if group and lengths[index] * (len(group) + 1) > max_tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+class Adapter(nn.Module):
+    """Low-rank additions to the linear layers of the base: x ↦ Wx + scaling·B(Ax). Fresh, B is 0 and nothing changes."""
+
+    def __init__(self, targets: Mapping[str, tuple[int, int]], rank: int, scaling: float, seed: int) -> None:
+        super().__init__()
+        self.paths = {path: index for index, path in enumerate(targets)}
+        self.rank, self.scaling = rank, scaling
+        self.down = nn.ParameterList(torch.empty(rank, inputs) for inputs, _ in targets.values())
+        self.up = nn.ParameterList(torch.empty(outputs, rank) for _, outputs in targets.values())
+        self.reset(seed)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Make it fresh: PEFT's initialisation (A uniform, B zero), from its own random numbers."""
+        generator = torch.Generator().manual_seed(seed)
+        for down_rI, up_Or in zip(self.down, self.up, strict=True):
+            down_rI.uniform_(-1 / math.sqrt(down_rI.shape[1]), 1 / math.sqrt(down_rI.shape[1]), generator=generator)
+            up_Or.zero_()
+
+    def forward(self, path: str, inputs: Tensor) -> Tensor:
+        """What the adapter adds to the output of the layer at `path`."""
+        index = self.paths[path]
+        low = functional.linear(inputs.to(self.down[index].dtype), self.down[index]) * self.scaling
+        return functional.linear(low, self.up[index])
+
+    @torch.no_grad()
+    def weights(self) -> AdapterWeights:
+        """A copy of the weights, in the form that the engine and the adapter store take."""
+        tensors = {path: (self.down[i].detach().clone(), self.up[i].detach().clone()) for path, i in self.paths.items()}
+        return AdapterWeights(rank=self.rank, scaling=self.scaling, tensors=tensors)
+
+    @torch.no_grad()
+    def load(self, weights: AdapterWeights) -> None:
+        """Take over weights of the same shape, or of a lower rank or another scaling; raises ValueError on others."""
+        if set(weights.tensors) != set(self.paths) or weights.rank > self.rank:
+            raise ValueError(
+                f"the adapter has rank {weights.rank} on {len(weights.tensors)} layers; "
+                f"this learner trains rank {self.rank} on {len(self.paths)} layers"
+            )
+        for path, (down_rI, up_Or) in weights.tensors.items():
+            scaling = weights.scaling if isinstance(weights.scaling, float) else weights.scaling[path]
+            index = self.paths[path]
+            self.up[index].zero_()
+            self.down[index][: weights.rank].copy_(down_rI)
+            self.up[index][:, : weights.rank].copy_(up_Or * (scaling / self.scaling))
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module over the same parameters and buffers: it costs no memory, and has hooks of its own."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+class LearnerModel(nn.Module):
+    """The frozen base with named adapters, at most one of them active at a time.
+
+    `checkpointing` trades a second forward pass for the memory of the first one's activations.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        names: Sequence[str],
+        *,
+        rank: int,
+        scaling: float,
+        seed: int,
+        chunk_tokens: int = 4096,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False).eval()
+        self.chunk_tokens = chunk_tokens
+        self.width = int(base.get_input_embeddings().weight.shape[1])
+        self.active: str | None = None
+        modules = {path: base.get_submodule(path) for path in target_modules(base)}
+        self.targets = {path: _shape(module) for path, module in modules.items()}
+        self.adapters = nn.ModuleDict(
+            {name: Adapter(self.targets, rank, scaling, seed + index) for index, name in enumerate(names)}
+        )
+        for path, module in modules.items():
+            module.register_forward_hook(partial(self._add_adapter, path))
+        if checkpointing:
+            self._checkpoint_layers()
+
+    def _add_adapter(self, path: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.active is None:
+            return output
+        return output + self.adapters[self.active](path, inputs[0]).to(output.dtype)
+
+    def _checkpoint_layers(self) -> None:
+        # A layer is run again inside backward, when another adapter may have its turn: the contexts bring back its own.
+        self.base.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self.using(self.active))}
+        )
+        for module in self.base.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True  # transformers checkpoints in training only; dropout below stays off
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name; raises KeyError on another."""
+        adapter = self.adapters[name]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Forward passes inside the block go through this adapter; None is the bare base, the reference."""
+        before, self.active = self.active, name
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def hidden(self, batch: Batch, adapter: str | None) -> Tensor:
+        """The last hidden state of every position, [B, T, H]."""
+        positions_BT = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device).expand_as(batch.ids_BT)
+        with self.using(adapter):
+            output = self.base.base_model(input_ids=batch.ids_BT, position_ids=positions_BT, use_cache=False)
+        hidden_BTH: Tensor = output.last_hidden_state
+        return hidden_BTH
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """fp32 logits over the vocabulary, [N, V]."""
+        logits_NV: Tensor = self.base.get_output_embeddings()(hidden_NH)
+        return logits_NV.float()
+
+    def logprobs(self, batch: Batch, adapter: str | None) -> Tensor:
+        """log p of each reply token at T=1, fp32, [B, T]; 0 elsewhere. The vocabulary is never held for all tokens at once."""
+        hidden_NH = self.hidden(batch, adapter)[batch.before_BT]
+        ids_N = batch.ids_BT[batch.mask_BT]
+        chunks = zip(hidden_NH.split(self.chunk_tokens), ids_N.split(self.chunk_tokens), strict=True)
+        if len(ids_N) > self.chunk_tokens and torch.is_grad_enabled():
+            parts = [checkpoint(self._said, *chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [self._said(*chunk) for chunk in chunks]
+        return batch.spread(torch.cat(parts))
+
+    def _said(self, hidden_NH: Tensor, ids_N: Tensor) -> Tensor:
+        return -functional.cross_entropy(self.logits(hidden_NH), ids_N, reduction="none")
+
+    @torch.no_grad()
+    def compare(self, batch: Batch, adapter: str | None, reference: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """log-probs of the reply tokens under the adapter and the reference, and the full KL between them, each [B, T]."""
+        ids_N = batch.ids_BT[batch.mask_BT]
+        new_NH, reference_NH = (self.hidden(batch, name)[batch.before_BT] for name in (adapter, reference))
+        parts = []
+        for ids, new, ref in zip(*(t.split(self.chunk_tokens) for t in (ids_N, new_NH, reference_NH)), strict=True):
+            new_NV, reference_NV = self.logits(new), self.logits(ref)
+            logprobs = (-functional.cross_entropy(logits, ids, reduction="none") for logits in (new_NV, reference_NV))
+            parts.append(torch.stack([*logprobs, ppo.full_kl(new_NV, reference_NV)]))
+        new_N, reference_N, kl_N = torch.cat(parts, 1)
+        return batch.spread(new_N), batch.spread(reference_N), batch.spread(kl_N)
+
+    @torch.no_grad()
+    def full_kl(self, batch: Batch, adapter: str | None, reference: str | None = None) -> Tensor:
+        """KL(adapter ‖ reference) over the whole vocabulary, summed over each reply, [B]; nats."""
+        new_NH, reference_NH = (self.hidden(batch, name)[batch.before_BT] for name in (adapter, reference))
+        chunks = zip(new_NH.split(self.chunk_tokens), reference_NH.split(self.chunk_tokens), strict=True)
+        kl_N = torch.cat([ppo.full_kl(self.logits(new), self.logits(reference)) for new, reference in chunks])
+        return batch.spread(kl_N).sum(1)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer; GPT-2 keeps its weights the other way round."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    inputs, outputs = module.get_parameter("weight").shape
+    return int(inputs), int(outputs)

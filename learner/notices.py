@@ -1,0 +1,90 @@
+"""What the learner says: stories and the report to the board, numbers to Prometheus, lines to the log.
+
+Everything here is told again or made anew when it is lost, and nothing of it decides anything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from feedback.board import Board, Story
+from learner.figures import figures
+from learner.ledger import Update
+from learner.metrics import LearnerMetrics
+from learner.state import State
+
+REPORT = "policy"
+
+_log = logging.getLogger(__name__)
+
+
+class Notices:
+    """Tells the board, the metrics and the log what the learner does."""
+
+    def __init__(self, board: Board, state: State, metrics: LearnerMetrics) -> None:
+        self.board = board
+        self.state = state
+        self.metrics = metrics
+        self._activations: Mapping[int, float] = {}
+        self._trouble: str | None = None
+
+    def stories(self) -> bool:
+        """Tell the board what happened to feedback since the last time, or all if it was emptied; true if anything."""
+        if self.board.report(REPORT) is None:
+            self.state.tell_all_again()
+        told = False
+        while lines := self.state.untold():
+            stories: defaultdict[str, list[Story]] = defaultdict(list)
+            for line in lines:
+                stories[line.feedback_id].append(line.step)
+            self.board.write_stories(stories)
+            self.state.mark_told(lines)
+            told = True
+        return told
+
+    def freshness(self) -> None:
+        """Note which judgements have come to be served, by when the server first served each version."""
+        activations = self.board.activations()
+        if activations and activations != self._activations:
+            for seconds in self.state.note_served(activations):
+                self.metrics.freshness.observe(seconds)
+        self._activations = activations
+
+    def report(self, report: Mapping[str, Any]) -> None:
+        """Show the learner's part of GET /v1/policy."""
+        self.board.set_report(REPORT, json.dumps(report, allow_nan=False))
+        self.metrics.dropped.totals = report["feedback"]["dropped"]
+
+    def learned(self, update: Update) -> None:
+        """Show the figures of an update that reached the gate."""
+        report, gate = update.report or {}, update.gate or {}
+        self.metrics.show(figures(report))
+        for phase, seconds in (report.get("seconds") or {}).items():
+            self.metrics.seconds.labels(phase).observe(seconds)
+        for check in gate.get("checks", ()):
+            self.metrics.checks.labels(check["name"], check["verdict"]).inc()
+
+    def ended(self, update: Update) -> None:
+        """Count and say how an update ended."""
+        self.metrics.updates.labels(update.status).inc()
+        if update.status == "released":
+            self._activations = {}  # the server may have noted this version before the learner did
+            _log.info("update %d: v%s is served to everyone", update.number, update.version)
+        else:
+            _log.info("update %d ships nothing: %s", update.number, update.why)
+
+    def waiting(self, error: Exception) -> None:
+        """Say, once, what is away."""
+        if str(error) != self._trouble:
+            _log.warning("waiting, and trying again: %s", error)
+        self._trouble = str(error)
+
+    def recovered(self) -> None:
+        """Say that what was away is back."""
+        if self._trouble is not None:
+            _log.info("going on: what was away is back")
+        self._trouble = None

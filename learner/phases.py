@@ -1,0 +1,32 @@
+"""How far the update that is running has come: for people who watch, and for the stories of its feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Phases:
+    """The phases of one update, in the order in which the trainer names them; times in seconds since the epoch."""
+
+    def __init__(self, number: int, clock: Callable[[], float]) -> None:
+        self.number = number
+        self.clock = clock
+        self.phase = "preparing"
+        self.fraction = 0.0
+        self.entered: dict[str, float] = {self.phase: clock()}
+
+    def enter(self, phase: str, fraction: float) -> None:
+        """The trainer is in this phase, this share of it done. Phases may come back: PPO steps follow rollouts."""
+        self.phase, self.fraction = phase, fraction
+        self.entered.setdefault(phase, self.clock())
+
+    def __str__(self) -> str:
+        return f"training update {self.number} ({self.phase} {self.fraction:.0%})"
+
+    def reached(self) -> dict[str, float]:
+        """When the feedback was in the reward model, and when it had moved the policy: the start of what followed."""
+        after_reward = [at for phase, at in self.entered.items() if phase not in ("preparing", "reward")]
+        reached = {"in_reward_model": min(after_reward, default=self.clock())}
+        if "ppo" in self.entered:
+            reached["in_update"] = max(reached["in_reward_model"], self.entered.get("gate", self.clock()))
+        return reached

@@ -1,0 +1,387 @@
+"""How the built-in base model is made: a tokenizer, a small Llama, and the numbers on its card.
+
+`pretrain` writes a directory that `AutoTokenizer` and `AutoModelForCausalLM` load. The same seed, sizes and thread count
+give the same bytes. Without `corpus_files` it learns the dialogues of `learner/corpus.py`; with them, whatever they hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from learner import card, corpus
+
+PAD, END = "<|pad|>", "<|end|>"
+ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+MAX_LENGTH = 1024
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
+    "{{- raise_exception('Unknown role: ' + message['role']) -}}"
+    "{%- endif -%}"
+    "{{- '<|' + message['role'] + '|>' + (message['content'] | trim) + '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+Progressed = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Shape of the model and length of its training. The defaults are the built-in model's."""
+
+    hidden: int = 192
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    feed_forward: int = 512
+    vocabulary: int = 2048  # entries, special tokens included
+    steps: int = 2400
+    tokens: int = 4096  # a step, padding included
+    lr: float = 4e-3  # the peak; AdamW
+    pool: int = 4096  # conversations sorted by length together, so that little is padding
+
+
+def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts`, with the chat template and a padding token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[AddedToken(token, special=True) for token in (PAD, END, *ROLES.values())],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=list(ROLES.values()),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def read_corpus(files: Sequence[Path]) -> list[corpus.Chat]:
+    """Chats from JSON Lines (`messages`, or `prompt` and `completion`) and plain text (a paragraph is one text).
+
+    Plain text comes back as chats of one message with the role "text". Raises ValueError with file and line.
+    """
+    chats: list[corpus.Chat] = []
+    for path in files:
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        if path.suffix in (".jsonl", ".json"):
+            chats += [_chat(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        else:
+            paragraphs = "\n".join(lines).split("\n\n")
+            chats += [[{"role": "text", "content": text.strip()}] for text in paragraphs if text.strip()]
+    if not chats:
+        raise ValueError(f"no text to learn from in {', '.join(map(str, files))}")
+    return chats
+
+
+def _chat(line: str, where: str) -> corpus.Chat:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        row = {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'{where}: expected {{"messages": [...]}} or {{"prompt": ..., "completion": ...}}')
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+            raise ValueError(f"{where}: a message needs a role (system, user or assistant) and a text as content: {message}")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[corpus.Chat]) -> list[tuple[list[int], list[float]]]:
+    """Token ids of each chat as the template lays them out, and each token's weight in the loss.
+
+    What the assistant says counts fully; what others say a little, for the sake of the words in it.
+    """
+    flat = [message["content"].strip() for chat in chats for message in chat]
+    pieces = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
+    end = tokenizer.convert_tokens_to_ids(END)
+    rows = []
+    for chat in chats:
+        ids: list[int] = []
+        weights: list[float] = []
+        for message in chat:
+            said = [*next(pieces), end]
+            if message["role"] in ROLES:
+                ids.append(tokenizer.convert_tokens_to_ids(ROLES[message["role"]]))
+                weights.append(0.0)
+            ids += said
+            weights += [0.05 if message["role"] in ("system", "user") else 1.0] * len(said)
+        rows.append((ids[:MAX_LENGTH], weights[:MAX_LENGTH]))
+    return rows
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, chats: Iterator[corpus.Chat], size: Size, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids_BT, weights_BT) of chats of like length; weights are 0 on padding."""
+    pad = tokenizer.convert_tokens_to_ids(PAD)
+    while pool := encode(tokenizer, list(itertools.islice(chats, size.pool))):
+        pool.sort(key=lambda row: len(row[0]))
+        batches: list[list[tuple[list[int], list[float]]]] = [[]]
+        for row in pool:
+            if batches[-1] and len(row[0]) * (len(batches[-1]) + 1) > size.tokens:
+                batches.append([])
+            batches[-1].append(row)
+        rng.shuffle(batches)
+        for batch in batches:
+            longest = max(len(ids) for ids, _ in batch)
+            ids_BT = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in batch])
+            weights_BT = torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in batch])
+            yield ids_BT, weights_BT
+
+
+def _loss(model: LlamaForCausalLM, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+    """Weighted mean negative log-likelihood; logits are made only where they count."""
+    hidden_BTH = model.model(input_ids=ids_BT[:, :-1]).last_hidden_state
+    weights = weights_BT[:, 1:].flatten()
+    counted = weights > 0
+    logits = model.lm_head(hidden_BTH.flatten(0, 1)[counted]).float()
+    losses = torch.nn.functional.cross_entropy(logits, ids_BT[:, 1:].flatten()[counted], reduction="none")
+    return (losses * weights[counted]).sum() / weights.sum()
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Warm up over the first fiftieth, hold, then fall to zero along a cosine over the last six tenths."""
+    warm, hold = max(1, steps // 50), int(steps * 0.4)
+    if step < hold:
+        return peak * min(1.0, (step + 1) / warm)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - hold) / (steps - hold)))
+
+
+def train(
+    tokenizer: PreTrainedTokenizerFast, chats: Iterator[corpus.Chat], size: Size, seed: int, progress: Progressed
+) -> LlamaForCausalLM:
+    """A fresh model after `size.steps` steps of AdamW, with bfloat16 products and fp32 weights."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(_config(tokenizer, size))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=size.lr, betas=(0.9, 0.98), fused=True)
+    model.train()
+    batches = _batches(tokenizer, chats, size, random.Random(seed))
+    for step in range(size.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, size.steps, size.lr)
+        ids_BT, weights_BT = next(batches)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = _loss(model, ids_BT, weights_BT)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        progress(f"training, loss {loss.item():.3f}", step + 1, size.steps)
+    return model.eval()
+
+
+def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=size.feed_forward,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        dtype="float32",
+    )
+
+
+@torch.inference_mode()
+def replies(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, seed: int = 0, limit: int = 80
+) -> list[tuple[str, int | None]]:
+    """One full-softmax sample (T=1) to each prompt, and its length in tokens, None if it had not ended at `limit`."""
+    end = tokenizer.convert_tokens_to_ids(END)
+    sampling = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=limit,
+        eos_token_id=end,
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+    )
+    found: list[tuple[str, int | None]] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), 250):
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + 250]]
+            batch = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            )
+            out_BT = model.generate(**batch, generation_config=sampling)[:, batch["input_ids"].shape[1] :]
+            for row in out_BT.tolist():
+                length = row.index(end) + 1 if end in row else None
+                text = tokenizer.decode(row[: length - 1] if length else row, skip_special_tokens=False)
+                found.append((text, length))
+    return found
+
+
+def measure(model_dir: Path, *, samples: int = 4000, seed: int = 0) -> dict[str, object]:
+    """What the card reports, from `samples` T=1 replies to the prompts in `prompts.json` (see `learner/card.py`)."""
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    prompts = json.loads((model_dir / "prompts.json").read_text("utf-8"))
+    asked = [prompts[number % len(prompts)] for number in range(samples)]
+    return card.summarise(asked, replies(model.eval(), tokenizer, asked, seed=seed))
+
+
+def pretrain(
+    out: Path,
+    *,
+    seed: int = 0,
+    size: Size | None = None,
+    corpus_files: Sequence[Path] | None = None,
+    threads: int = 2,
+    samples: int = 4000,
+    progress: Progressed | None = None,
+) -> None:
+    """Make a base model in `out`, whole or not at all: weights, config, tokenizer, prompts and model card.
+
+    `progress(what, done, total)` is called on every step; None draws a bar. Raises ValueError for a corpus file that
+    cannot be used, FileExistsError if `out` holds something other than a model.
+    """
+    if progress is None:
+        with _bar() as draw:
+            return pretrain(
+                out,
+                seed=seed,
+                size=size,
+                corpus_files=corpus_files,
+                threads=threads,
+                samples=samples,
+                progress=draw,
+            )
+    size = size or Size()
+    began = time.monotonic()
+    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise FileExistsError(f"{out} exists and holds no model; name a new or empty directory")
+    chats, prompts = _material(seed, size, corpus_files)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # the order of sums, and so the last bits, follow the number of threads
+    made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            progress("tokenizer", 0, size.steps)
+            first = list(itertools.islice(chats, 30_000))
+            texts = (message["content"] for chat in first for message in chat)
+            tokenizer = make_tokenizer(texts, size.vocabulary)
+            model = train(tokenizer, itertools.chain(first, chats), size, seed, progress)
+        minutes = (time.monotonic() - began) / 60
+        _save(made, model, tokenizer, prompts)
+        numbers = measure(made, samples=samples, seed=seed) if corpus_files is None and samples else None
+        (made / "README.md").write_text(
+            card.model_card(numbers, seed=seed, minutes=minutes, parameters=model.num_parameters(), size=size), "utf-8"
+        )
+        _swap(made, out)
+    finally:
+        torch.set_num_threads(before)
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _material(seed: int, size: Size, files: Sequence[Path] | None) -> tuple[Iterator[corpus.Chat], list[str]]:
+    """Chats without end, and prompts to try the model on."""
+    if files is None:
+        return corpus.dialogues(seed, 2**40), corpus.heldout_prompts()
+    chats = read_corpus(files)
+    asked = (message["content"] for chat in chats for message in chat[:2] if message["role"] == "user")
+    rng = random.Random(seed)
+    endless = itertools.chain.from_iterable(rng.sample(chats, len(chats)) for _ in itertools.count())
+    return endless, list(dict.fromkeys(asked))[:200]
+
+
+def _save(
+    path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]
+) -> None:
+    ids = {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ids)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def _swap(made: Path, out: Path) -> None:
+    """Put `made` in the place of `out`; the old one goes only when the new one stands."""
+    made.chmod(0o755)
+    if out.exists():
+        old = made.with_name(made.name + "-old")
+        os.rename(out, old)
+        os.rename(made, out)
+        shutil.rmtree(old)
+    else:
+        os.rename(made, out)
+
+
+class _bar:  # noqa: N801
+    """A rich progress bar as a context that gives the `progress` function."""
+
+    def __enter__(self) -> Progressed:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._progress.start()
+        self._task = self._progress.add_task("corpus", total=None)
+        return self._draw
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the built-in base model, or measure one.")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=Size.steps)
+    parser.add_argument("--corpus", type=Path, nargs="*", help="plain text or JSON Lines of chats, instead of the own corpus")
+    parser.add_argument("--measure", action="store_true", help="only measure the model in --out; prints JSON")
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measure(given.out, seed=given.seed), indent=1))
+    else:
+        pretrain(given.out, seed=given.seed, size=Size(steps=given.steps), corpus_files=given.corpus)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The learner as a process: its lock, its signals, its place behind the server, its metrics, and what it leans on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from feedback.board import open_board
+from feedback.events import RELEASES
+from feedback.log import LogUnavailable, open_log
+from learner.config import LearnerConfig
+from learner.metrics import LearnerMetrics, MetricsServer
+from learner.state import State
+from learner.statefile import StateError, remove_state
+
+DONE, FAILED, CANNOT_START = 0, 1, 3
+"""Exit codes. After CANNOT_START trying again is no use; after FAILED it may be."""
+LOCK_POLL_S = 0.5
+LONGEST_WAIT_S = 30.0
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class ToldToStop(Exception):
+    """A signal came while the process was waiting for something."""
+
+
+def learn(config: LearnerConfig, until_idle: bool = False, rebuild: bool = False) -> int:
+    """Learn until a signal, or until there is nothing to do; returns the exit code. Only for the main thread.
+
+    `rebuild` makes the state anew from the log first. A fault that stops the start is one line on standard error.
+    """
+    _say_what_happens()
+    stopping = threading.Event()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_stopped_by_signals(stopping))
+            return _learn(config, until_idle, rebuild, stopping, stack)
+    except ToldToStop:
+        return DONE
+    except _Refused as refused:
+        sys.stderr.write(f"heed learn: {refused}\n")
+        return refused.exit_code
+
+
+class _Refused(Exception):
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _learn(
+    config: LearnerConfig, until_idle: bool, rebuild: bool, stopping: threading.Event, stack: contextlib.ExitStack
+) -> int:
+    data = config.serving.feedback.data
+    _hold_lock(data / "learner.lock", stopping, stack)
+    metrics = LearnerMetrics()
+    _serve_metrics(config, metrics, stack)
+    stand_behind_the_server(config.nice)
+
+    # Only now, because it takes seconds: a taken port or a second learner is told at once.
+    import torch
+
+    from learner.loop import Learner
+    from learner.update import Trainer
+    from serving.adapters import AdapterStore
+    from serving.engine import ModelError
+
+    if config.learner_threads:
+        torch.set_num_threads(config.learner_threads)
+    log = _patiently(lambda: open_log(config.serving.feedback, writes={RELEASES}), stopping)
+    stack.callback(log.close)
+    board = open_board(config.serving.feedback, "learner")
+    stack.callback(board.close)
+    try:
+        trainer = Trainer(config)
+    except ModelError as error:
+        raise _Refused(str(error), CANNOT_START) from error
+    state = _open_state(config, trainer.base.fingerprint, rebuild, stopping)
+    stack.callback(state.close)
+    store = AdapterStore(config.serving.adapter_root, config.serving.feedback.policy)
+    learner = Learner(
+        config,
+        log=log,
+        board=board,
+        store=store,
+        state=state,
+        trainer=trainer,
+        metrics=metrics,
+        stopping=stopping,
+    )
+    _log.info("learning for policy %s in %s", store.policy, data)
+    learner.run(until_idle)
+    return DONE
+
+
+def stand_behind_the_server(nice: int) -> None:
+    """Take a niceness, unless this process is nicer already. Threads started from here on inherit it."""
+    if os.getpriority(os.PRIO_PROCESS, 0) < nice:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set the event. Handlers of our own: a background job starts with SIGINT ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _hold_lock(path: Path, stopping: threading.Event, stack: contextlib.ExitStack) -> None:
+    """Hold the lock of the data folder's one learner while this process lives, once its holder has ended."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(path.open("a+"))
+    except OSError as error:
+        raise _Refused(f"the data folder cannot be used: {error}", CANNOT_START) from error
+    told = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not told:
+                file.seek(0)
+                _log.warning(
+                    "waiting: the learner of this data folder is process %s", file.read().strip() or "(unknown)"
+                )
+                told = True
+        if stopping.wait(LOCK_POLL_S):
+            raise ToldToStop
+    with contextlib.suppress(OSError):  # the number is for the line above only; a full disk may refuse it
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+
+
+def _serve_metrics(config: LearnerConfig, metrics: LearnerMetrics, stack: contextlib.ExitStack) -> None:
+    host, port = config.serving.host, config.learner_metrics_port
+    if port == 0:
+        return
+    policy = config.serving.feedback.policy
+    try:
+        server = MetricsServer(host, port, metrics, health=lambda: {"status": "ok", "policy": policy})
+    except OSError as error:
+        raise _Refused(
+            f"HEED_LEARNER_METRICS_PORT={port}: cannot listen on {host}:{port} ({error.strerror}). "
+            "Choose another port, or 0 for none.",
+            CANNOT_START,
+        ) from error
+    stack.callback(server.close)
+
+
+def _open_state(config: LearnerConfig, base: str, rebuild: bool, stopping: threading.Event) -> State:
+    path = config.folder / "state.db"
+    if rebuild:
+        remove_state(path)
+    try:
+        return _patiently(lambda: State(path, policy=config.serving.feedback.policy, base=base), stopping)
+    except StateError as error:
+        raise _Refused(str(error), FAILED) from error
+
+
+def _patiently(opening: Callable[[], T], stopping: threading.Event) -> T:
+    """What `opening` gives, once it gives it. Raises ToldToStop."""
+    wait_s = 0.5
+    while True:
+        try:
+            return opening()
+        except (LogUnavailable, OSError, sqlite3.OperationalError) as error:
+            _log.warning("waiting, and trying again in %g s: %s", wait_s, error)
+        if stopping.wait(wait_s):
+            raise ToldToStop
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def _say_what_happens() -> None:
+    """Lines of ours from INFO up, of others from WARNING up, to standard error, unless logging was set up already."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for room in ("feedback", "serving", "learner"):
+        logging.getLogger(room).setLevel(logging.INFO)

@@ -1,0 +1,86 @@
+"""What the learner does to the release: serve a version that passed the gate, and mirror each change to the log.
+
+An operator's hand goes first: while the release is paused nothing is promoted, and a release that was changed by hand
+during an update keeps what the hand chose.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from feedback.events import RELEASES, Release
+from feedback.log import Log
+from serving.adapters import AdapterStore, BadAdapter, Base, Manifest, ReleaseRefused
+
+Outcome = Literal["released", "paused", "passed_over"]
+
+
+class Releaser:
+    """Promotes versions, and mirrors the release's changes, the operator's too, to `heed.releases`."""
+
+    def __init__(self, store: AdapterStore, base: Base, log: Log) -> None:
+        self.store = store
+        self.base = base
+        self.log = log
+        self._mirrored: int | None = None
+
+    def promote(self, version: int, *, instead_of: int, reason: str) -> Outcome:
+        """Serve a gated version to everyone, unless the release is paused or no longer names `instead_of`.
+
+        To be called again after a kill: a version that is served already is not promoted twice. Raises BadAdapter,
+        ReleaseBroken, ReleaseRefused, StoreBusy, OSError; the release is then as it was.
+        """
+        release = self.store.release()
+        if version == release.current or any(change.current == version for change in release.changes):
+            return "released"
+        if release.paused:
+            return "paused"
+        if release.current != instead_of:
+            return "passed_over"
+        try:
+            self.store.change(
+                "promote", "learner", version=version, reason=reason, base=self.base, expected=release.generation
+            )
+        except ReleaseRefused:
+            if self.store.release().generation == release.generation:
+                raise
+            # someone changed the release between our look and our change: look again
+            return self.promote(version, instead_of=instead_of, reason=reason)
+        return "released"
+
+    def made_by_updates(self) -> list[Manifest]:
+        """Manifests of the versions that updates on this base made, the oldest first."""
+        manifests = []
+        for version in self.store.versions():
+            try:
+                manifest = self.store.manifest(version)
+            except BadAdapter:
+                continue  # reported by whoever serves it
+            if manifest.base == self.base.fingerprint and isinstance(manifest.update.get("number"), int):
+                manifests.append(manifest)
+        return manifests
+
+    def mirror(self) -> None:
+        """Append what changed since the last mirroring to the log: the release, with its new changes only.
+
+        Raises LogUnavailable; the next call then catches up.
+        """
+        release = self.store.release()
+        if self._mirrored is None:
+            self._mirrored = self._last_mirrored()
+        if release.generation == self._mirrored:
+            return
+        # a lower generation: the file was deleted and begins anew
+        since = self._mirrored if release.generation > self._mirrored else 0
+        new = tuple(change for change in release.changes if change.generation > since)
+        event = release.model_copy(update={"changes": new}).model_dump_json(by_alias=True)
+        self.log.append(RELEASES, release.policy, event)
+        self._mirrored = release.generation
+
+    def _last_mirrored(self) -> int:
+        """Generation of the last release of this policy in the log; 0 where there is none."""
+        end = self.log.end(RELEASES)
+        for record in reversed(self.log.read(RELEASES, max(0, end - 100), 100)):
+            if record.key == self.store.policy:
+                return Release.model_validate_json(record.event).generation
+        return 0

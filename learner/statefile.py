@@ -1,0 +1,142 @@
+"""The learner's state file: its tables, and opening it without ever guessing.
+
+The file is one SQLite database. Whatever it holds can be made again from the log, so a file that cannot be trusted is
+refused with the command that makes it anew, never repaired in place.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+STATE_SCHEMA = 1
+
+_TABLES = """
+CREATE TABLE offsets (topic TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
+
+CREATE TABLE counters (name TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+
+CREATE TABLE exchanges (
+    reply_id   TEXT PRIMARY KEY,
+    policy     TEXT NOT NULL,
+    base       TEXT NOT NULL,
+    version    INTEGER NOT NULL,
+    at         REAL NOT NULL,
+    prompt_ids TEXT NOT NULL,
+    reply_ids  TEXT NOT NULL,
+    event      TEXT NOT NULL
+);
+
+CREATE TABLE feedback (
+    id         TEXT PRIMARY KEY,
+    place      INTEGER NOT NULL,
+    kind       TEXT NOT NULL,
+    user       TEXT,
+    aspect     TEXT NOT NULL,
+    value      REAL,
+    at         REAL NOT NULL,
+    body       TEXT NOT NULL,
+    reply_id   TEXT NOT NULL,
+    other_id   TEXT,
+    event      TEXT NOT NULL,
+    status     TEXT NOT NULL CHECK (status IN ('pending', 'joined', 'superseded', 'retracted', 'dropped')),
+    reason     TEXT,
+    policy     TEXT,
+    base       TEXT,
+    untrained  TEXT,
+    learned_in INTEGER,
+    fresh_s    REAL
+);
+CREATE INDEX feedback_by_opinion ON feedback (reply_id, user, aspect);
+CREATE INDEX feedback_by_status ON feedback (status, learned_in);
+
+CREATE TABLE awaited (reply_id TEXT, feedback_id TEXT, PRIMARY KEY (reply_id, feedback_id)) WITHOUT ROWID;
+CREATE INDEX awaited_by_feedback ON awaited (feedback_id);
+
+CREATE TABLE retractions (id TEXT PRIMARY KEY) WITHOUT ROWID;
+
+CREATE TABLE parked (topic TEXT, place INTEGER, event TEXT NOT NULL, PRIMARY KEY (topic, place));
+
+CREATE TABLE stories (
+    feedback_id TEXT NOT NULL,
+    status      TEXT NOT NULL,
+    at          REAL NOT NULL,
+    in_update   INTEGER,
+    version     INTEGER,
+    reason      TEXT,
+    told        INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (feedback_id, status)
+);
+CREATE INDEX stories_untold ON stories (told) WHERE told = 0;
+
+CREATE TABLE updates (
+    number   INTEGER PRIMARY KEY,
+    status   TEXT NOT NULL CHECK (status IN ('running', 'refused', 'published', 'released', 'passed_over', 'failed')),
+    started  REAL NOT NULL,
+    finished REAL,
+    current  INTEGER NOT NULL,
+    offsets  TEXT NOT NULL,
+    feedback INTEGER NOT NULL,
+    version  INTEGER,
+    why      TEXT,
+    report   TEXT,
+    gate     TEXT
+);
+"""
+
+
+class StateError(Exception):
+    """The state file cannot be used; the message says why and what to do."""
+
+
+def open_state(path: Path) -> sqlite3.Connection:
+    """The state file's connection, in autocommit mode; an absent file is made.
+
+    One thread at a time may use it (the learner absorbs and trains on one). Raises StateError for a file that is
+    corrupt, none of ours, or written by a newer Heed; sqlite3.OperationalError while the disk refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        _check(db, path)
+    except sqlite3.OperationalError:
+        db.close()
+        raise  # the disk is full or away, and the file may be well
+    except sqlite3.DatabaseError as error:
+        db.close()
+        raise StateError(_cannot(path, str(error))) from error
+    except StateError:
+        db.close()
+        raise
+    return db
+
+
+def remove_state(path: Path) -> None:
+    """Take the state file and its journals away, so that the next opening starts from the log's beginning."""
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _check(db: sqlite3.Connection, path: Path) -> None:
+    found = db.execute("PRAGMA user_version").fetchone()[0]
+    if found > STATE_SCHEMA:
+        raise StateError(
+            f"learner state {path} has schema {found}; this Heed reads up to {STATE_SCHEMA}. "
+            "Run the newer Heed that wrote it, or `heed learn --rebuild` to make it anew from the log."
+        )
+    if found == 0:
+        if db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            raise StateError(_cannot(path, "it holds tables that are not ours"))
+        # one script, one transaction: a kill leaves either no tables or all of them
+        db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {STATE_SCHEMA}; COMMIT;")
+        return
+    verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise StateError(_cannot(path, verdict))
+
+
+def _cannot(path: Path, what: str) -> str:
+    remedy = "`heed learn --rebuild` makes it anew from the log; nothing is lost"
+    return f"learner state {path} cannot be used ({what}). {remedy}."

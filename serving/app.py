@@ -1,0 +1,115 @@
+"""The web application: its parts put together, its errors in OpenAI's shape. Importing this starts nothing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from feedback.board import Board
+from feedback.log import Log
+from serving.adapters import AdapterStore
+from serving.config import ServingConfig
+from serving.errors import BadRequest, HeedError, MethodNotAllowed, NotFound
+from serving.ids import Ids
+from serving.metrics import Metrics, Now, role_of
+from serving.model import BUILT_IN
+from serving.routes import admin, chat, feedback, operations, policy
+from serving.routes.door import Door
+from serving.routes.wiring import Speaker, Wiring
+from serving.swap import SwapReport
+
+
+def create_app(
+    config: ServingConfig, *, ids: Ids, log: Log, board: Board, store: AdapterStore, speaker: Speaker | None = None
+) -> FastAPI:
+    """An application over these parts, which the caller opened and will close.
+
+    Without a `speaker` (engine, chat, base, swapper) it answers all but chats; give it one later as
+    `app.state.wiring.speaker`, when the model is loaded.
+    """
+    wiring = Wiring(
+        config=config,
+        ids=ids,
+        log=log,
+        board=board,
+        store=store,
+        metrics=Metrics(store.policy),
+        base_name=base_name(config.model),
+        speaker=speaker,
+    )
+    wiring.metrics.watch(lambda: _now(wiring))
+    app = FastAPI(title="Heed", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.wiring = wiring
+    for module in (chat, feedback, policy, operations):
+        app.include_router(module.router)
+    if config.admin_token is not None:
+        app.include_router(admin.router)
+    app.mount("/static", StaticFiles(directory=operations.STATIC, check_dir=False), name="static")
+    app.add_middleware(Door, parts=wiring)
+    for kind in (HeedError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _told)
+    return app
+
+
+def base_name(model: str | None) -> str:
+    """How clients name the base: a hub id as it is, a directory by its last part."""
+    if model is None:
+        return BUILT_IN
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+
+
+def on_swap(wiring: Wiring, report: SwapReport) -> None:
+    """Count a swap; note on the board when a version is first served."""
+    metrics = wiring.metrics
+    for phase, seconds in report.seconds.items():
+        metrics.swap_seconds.labels(phase).observe(seconds)
+    if report.outcome != "drained":
+        metrics.swaps.labels(report.outcome).inc()
+    if report.outcome == "activated":
+        wiring.board.activated(report.version, time.time())
+
+
+def _now(wiring: Wiring) -> Now:
+    """What a scrape sees."""
+    if wiring.speaker is None:
+        return Now(ready=False, running=0, waiting=0, kv_usage=0.0, loaded={})
+    engine, release = wiring.speaker.engine, wiring.release()
+    stats = engine.stats()
+    return Now(
+        ready=wiring.ready,
+        running=stats.running,
+        waiting=stats.waiting,
+        kv_usage=stats.kv_used / stats.kv_capacity,
+        loaded={version: role_of(version, release) for version in engine.loaded()},
+    )
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    """The one place where an error becomes a response: ours, the framework's, or a defect."""
+    if isinstance(error, HeedError):
+        return JSONResponse(error.body(), error.status, headers=error.headers())
+    ours = _ours(request, error)
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return JSONResponse(ours.body(), ours.status, headers=headers)
+
+
+def _ours(request: Request, error: Exception) -> HeedError:
+    route = f"{request.method} {request.url.path[:200]}"
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        return BadRequest(f"{first['loc'][-1]}: {first['msg']}.", param=str(first["loc"][-1]))
+    if not isinstance(error, HTTPException):
+        return HeedError("The server failed on this request. Its log says how; trying again may help.")
+    if error.status_code == 405:
+        return MethodNotAllowed(
+            f"{route} is not allowed; this route takes {(error.headers or {}).get('Allow', 'others')}."
+        )
+    if error.status_code == 404:
+        return NotFound(f"There is no {route} here.")
+    return BadRequest(str(error.detail))

@@ -1,0 +1,88 @@
+"""What a server takes for itself before it starts: its data folder, the lock on it, and its sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from serving.exits import Exit
+
+
+class CannotStart(Exception):
+    """A server cannot start as things are. The message is one line for people."""
+
+    def __init__(self, code: Exit, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the data folder, and try whether it can be written. Raises CannotStart."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with probe.open("wb") as file:
+                file.write(b"\0" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotStart(
+            Exit.DATA, f"the data folder {folder} cannot be written: {error.strerror}. Set HEED_DATA to one that can."
+        ) from error
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[int]:
+    """Hold the OS lock of this file, which says who holds it; yields its open descriptor.
+
+    The system frees it however the process ends. Raises CannotStart when another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid, _, address = os.read(descriptor, 1000).decode(errors="replace").strip().partition(" ")
+            raise CannotStart(
+                Exit.HELD,
+                f"the data folder {path.parent} belongs to a server that is running (pid {pid or 'unknown'}"
+                f"{f', {address}' if address else ''}). Stop that one, or set HEED_DATA to another folder.",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address of this host name. Raises CannotStart."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, where in dict.fromkeys(found):
+            if sockets and port == 0:
+                break  # a free port of one address may be taken on another
+            opened = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(opened)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            opened.bind(where)
+            # at once: until a socket listens, another process may bind the same port
+            opened.listen(2048)
+    except (OSError, UnicodeError) as error:
+        for opened in sockets:
+            opened.close()
+        reason = getattr(error, "strerror", None) or error
+        raise CannotStart(
+            Exit.PORT,
+            f"cannot listen on {host}, port {port}: {reason}. Set HEED_HOST and HEED_PORT to a free address.",
+        ) from error
+    return sockets

@@ -1,0 +1,64 @@
+"""Settings of the server: frozen, each with its unit and bounds, built once at the door."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from feedback.config import FeedbackConfig, Settings
+
+
+class ServingConfig(Settings):
+    """What a server is told at its start."""
+
+    feedback: FeedbackConfig = Field(default_factory=FeedbackConfig)
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; the default is this machine alone")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes any free one")
+    model: str | None = Field(
+        None, min_length=1, description="base model, a Hugging Face directory or hub id; none: the built-in heed-tiny"
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
+        description="where the model runs: auto, cpu, cuda, cuda:<index> or mps; auto takes a GPU if there is one",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the base's weights; auto: float32 on a CPU, bfloat16 on a GPU"
+    )
+    threads: int = Field(
+        0, ge=0, le=1024, description="compute threads of the server; 0: as many as the processor has cores"
+    )
+    max_rows: int = Field(32, ge=1, le=1024, description="replies generated at the same time; more of them wait")
+    max_model_len: int = Field(
+        0, ge=0, le=1_048_576, description="tokens of a prompt and its reply together; 0: what the model can"
+    )
+    max_waiting: int = Field(
+        256, ge=1, le=1_000_000, description="requests that may wait for a row; one more is refused with 429"
+    )
+    request_timeout_s: float = Field(
+        300.0, gt=0, le=86_400, description="how long a chat may take, waiting included, before it is cut off, seconds"
+    )
+    drain_delay_s: float = Field(
+        5.0, ge=0, le=3600, description="how long to go on serving after SIGTERM, so that a proxy notices, seconds"
+    )
+    adapters: Path | None = Field(
+        None, description="folder of the adapter store, which many servers may share; none: one in the data folder"
+    )
+    admin_token: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        repr=False,
+        description="bearer token of the /admin routes; without one they do not exist",
+    )
+    ask_share: float = Field(
+        0.01, ge=0, le=1, description="share of replies, drawn at random, that ask for feedback: the unbiased slice"
+    )
+
+    @property
+    def adapter_root(self) -> Path:
+        """Where the adapter store lies."""
+        return self.adapters if self.adapters is not None else self.feedback.data / "adapters"

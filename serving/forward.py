@@ -1,0 +1,92 @@
+"""One forward of the Hugging Face model over some of the running rows: masks, positions, and the logits of each last token.
+
+Axes: B rows, T tokens a row (shorter ones padded on the left, so that the last token of every row is the last column),
+K positions seen, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from serving.kv import KeyValueRows, UnsupportedModel, layer_shapes
+from serving.lora import Slots
+
+
+class Forward:
+    """The model with its key/value rows and adapter slots. One forward at a time."""
+
+    def __init__(self, model: PreTrainedModel, slots: Slots, rows: int, max_len: int) -> None:
+        """Raises UnsupportedModel for a model whose layers keep something else than keys and values."""
+        self.model, self.slots = model, slots
+        shapes = layer_shapes(model)
+        self.kv = KeyValueRows(shapes, rows, max_len, model.dtype, model.device)
+        windows = [s.window if s.window is not None and s.window < max_len else None for s in shapes]
+        self._windows = dict(zip(_mask_names(model, windows), windows, strict=True))
+        self._column_K = torch.arange(max_len, device=model.device)
+
+    def run(self, first: int, ids: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int]) -> Tensor:
+        """Logits after the last id of each row; logits_BV.
+
+        `ids`: the next ids of rows first, first+1, …; `starts`: how many positions each of these rows holds already;
+        `slots`: the adapter slot of each.
+        """
+        width = max(len(row) for row in ids)
+        padding = [width - len(row) for row in ids]
+        read = max(start + len(row) for start, row in zip(starts, ids, strict=True))
+        device = self.model.device
+        ids_BT = torch.tensor([[0] * pad + list(row) for pad, row in zip(padding, ids, strict=True)], device=device)
+        offset_B1 = torch.tensor(starts, device=device)[:, None] - torch.tensor(padding, device=device)[:, None]
+        column_T = self._column_K[:width]
+        position_BT = column_T + offset_B1
+        place_BT = position_BT
+        if any(padding):
+            is_padding_BT = column_T < torch.tensor(padding, device=device)[:, None]
+            position_BT = position_BT.masked_fill(is_padding_BT, 0)
+            place_BT = position_BT.masked_fill(is_padding_BT, self.kv.length)
+        self.kv.aim(first, place_BT, read)
+        self.slots.select(slots)
+        output = self.model(
+            input_ids=ids_BT,
+            position_ids=position_BT,
+            attention_mask=self._mask(position_BT, read),
+            past_key_values=self.kv,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_BV: Tensor = output.logits[:, -1]
+        return logits_BV
+
+    def probe(self, slot: int, ids: Sequence[int]) -> bool:
+        """True when every logit of these ids is finite with this slot; no row is touched."""
+        self.slots.select([slot])
+        output = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device), use_cache=False)
+        return bool(torch.isfinite(output.logits).all())
+
+    def _mask(self, position_BT: Tensor, read: int) -> Tensor | dict[str, Tensor]:
+        """What each token sees, as numbers to add to the attention scores [B, 1, T, K]; one for each kind of layer."""
+        position_B1T1 = position_BT[:, None, :, None]
+        column_K = self._column_K[:read]
+        masks = {}
+        for name, window in self._windows.items():
+            seen = column_K <= position_B1T1
+            if window is not None:
+                seen &= column_K > position_B1T1 - window
+            masks[name] = torch.zeros((), dtype=self.model.dtype, device=seen.device).where(seen, float("-inf"))
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _mask_names(model: PreTrainedModel, windows: Sequence[int | None]) -> list[str]:
+    """The name under which each layer of a mixed model looks up its mask; all the same where one mask serves all layers."""
+    if len(set(windows)) == 1:
+        return [""] * len(windows)
+    names = list(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if set(names) != {"full_attention", "sliding_attention"} or len(set(windows)) != 2 or len(names) != len(windows):
+        raise UnsupportedModel(
+            f"{model.config.model_type} mixes attention layers of kinds {sorted(set(names))}; "
+            "allowed: full_attention and sliding_attention with one window"
+        )
+    return names

@@ -1,0 +1,147 @@
+"""Keys and values of the running rows: fixed memory, [layers, rows, heads, length, dim].
+
+The running rows lie together from row 0, so that a forward sees its part as a slice, never a copy. Memory beyond a row's
+own length is zero: a freed row is wiped, since a NaN left behind would poison the next reply even where it is masked
+(0 · NaN is NaN).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+_ZEROED_AT_ONCE = 64
+"""Positions wiped at a time as replies grow beyond what any row used so far: untouched memory stays uncommitted."""
+
+
+class UnsupportedModel(ValueError):
+    """The model's attention keeps something other than keys and values by position."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer keeps for each position."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None
+    """Positions a token sees, itself included; None for all."""
+
+
+def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
+    """Ask the model, by a forward of two tokens, what its cache holds. Raises UnsupportedModel."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    shapes = []
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
+            kind = type(layer).__name__
+            raise UnsupportedModel(
+                f"{model.config.model_type} keeps a {kind}; allowed: models whose layers all have full or sliding-window attention"
+            )
+        window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        shapes.append(LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], window))
+    return shapes
+
+
+class KeyValueRows(Cache):
+    """A transformers Cache over fixed rows. `aim` says which rows and positions the next forward writes and reads."""
+
+    def __init__(
+        self, shapes: list[LayerShape], rows: int, length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Room for `rows` replies of `length` positions each, prompt included."""
+        self.rows, self.length = rows, length
+        self._zeroed = 0
+        wanted = [(s.heads, d) for s in shapes for d in (s.key_dim, s.value_dim)]
+        self._blocks: list[Tensor] = []
+        places: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(wanted):  # nearly always one kind, so that a row moves by one copy
+            members = [i for i, w in enumerate(wanted) if w == kind]
+            heads, dim = kind
+            # one position more than a row can hold: padding is written there and never read
+            block = torch.empty((len(members), rows, heads, length + 1, dim), dtype=dtype, device=device)
+            self._blocks.append(block)
+            places.update(zip(members, block, strict=True))
+        super().__init__(layers=[_RowsLayer(places[2 * i], places[2 * i + 1]) for i in range(len(shapes))])
+
+    def aim(self, first: int, position_BT: Tensor, read: int) -> None:
+        """Point the next forward at rows first … first+B-1.
+
+        position_BT: where each token's key and value go; `self.length` for padding. `read`: attention sees positions 0 … read-1.
+        """
+        self._zero_up_to(read)
+        count = position_BT.shape[0]
+        row_B1 = torch.arange(first, first + count, device=position_BT.device).unsqueeze(1)
+        for layer in self.layers:
+            layer.aim(slice(first, first + count), row_B1, position_BT, read)
+
+    def copy(self, source: int, target: int, used: int) -> None:
+        """Copy the first `used` positions of a row over a free row."""
+        self._zero_up_to(used)
+        for block in self._blocks:
+            block[:, target, :, :used] = block[:, source, :, :used]
+
+    def swap(self, one: int, other: int, used: int) -> None:
+        """Exchange the first `used` positions of two rows."""
+        self._zero_up_to(used)
+        for block in self._blocks:
+            held = block[:, one, :, :used].clone()
+            block[:, one, :, :used] = block[:, other, :, :used]
+            block[:, other, :, :used] = held
+
+    def wipe(self, row: int, used: int) -> None:
+        """Zero the first `used` positions of a row."""
+        for block in self._blocks:
+            block[:, row, :, :used].zero_()
+
+    def _zero_up_to(self, read: int) -> None:
+        if read > self._zeroed:
+            upper = min(self.length, -(-read // _ZEROED_AT_ONCE) * _ZEROED_AT_ONCE)
+            for block in self._blocks:
+                block[:, :, :, self._zeroed : upper].zero_()
+            self._zeroed = upper
+
+
+class _RowsLayer(CacheLayerMixin):
+    """One layer's keys and values; `update` writes the new ones in place and returns views of the rows in question."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """keys, values: [rows, heads, length + 1, dim]."""
+        super().__init__()
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.is_initialized = True
+        self._read = 0
+
+    def aim(self, rows: slice, row_B1: Tensor, position_BT: Tensor, read: int) -> None:
+        self._seen = self.keys[rows, :, :read], self.values[rows, :, :read]
+        self._row_B1, self._position_BT, self._read = row_B1, position_BT, read
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """key_states, value_states: [B, heads, T, dim]."""
+        self.keys[self._row_B1, :, self._position_BT] = key_states.transpose(1, 2)
+        self.values[self._row_B1, :, self._position_BT] = value_states.transpose(1, 2)
+        return self._seen
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the memory is there from the start."""
+
+    def get_seq_length(self) -> int:
+        return self._read
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[-2] - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 (the engine gives a whole mask)
+        return self._read, 0

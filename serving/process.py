@@ -1,0 +1,194 @@
+"""The server process: what it holds, how it starts, and how it leaves without cutting anybody off.
+
+HTTP runs in the main thread's event loop, the engine's steps in a thread of their own, the model is loaded in another,
+so that /health and /ready answer from the first second. On SIGTERM or SIGINT: /ready says 503 at once; chats are still
+answered for `drain_delay_s`, until a proxy has noticed; then nobody is let in any more, streams are finished, each
+within its own deadline, the log is brought to disk, and the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from feedback.board import open_board
+from feedback.events import EXCHANGES, FEEDBACK
+from feedback.log import LogUnavailable, open_log
+from serving.adapters import AdapterStore, describe_base
+from serving.app import base_name, create_app, on_swap
+from serving.claims import CannotStart, hold, listen, prepare_folder
+from serving.config import ServingConfig
+from serving.engine import Engine, ModelError, load_model
+from serving.exits import Exit
+from serving.ids import Ids, load_secret
+from serving.model import find_model
+from serving.routes.wiring import Speaker, Wiring
+from serving.swap import Swapper
+
+LONGEST_UNASKED = 4096
+"""Tokens of prompt and reply where no setting says more: memory is set aside for each row."""
+SETTLE_S = 10.0
+"""After the last connection is gone, how long exchanges may take to reach the log."""
+_KEEP_ALIVE_S = 75
+"""Longer than common clients keep an idle connection, so that they close it, and never send into a closed one."""
+
+_log = logging.getLogger(__name__)
+
+
+def serve(config: ServingConfig) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code, of serving/exits.py. A failed start says why in one line."""
+    try:
+        with contextlib.ExitStack() as held:
+            prepare_folder(config.feedback.data)
+            lock = held.enter_context(hold(config.feedback.data / "server.lock"))
+            app = held.enter_context(_application(config))
+            sockets = listen(config.host, config.port)
+            address = _address(config.host, sockets[0])
+            os.write(lock, f"{os.getpid()} {address}\n".encode())
+            asyncio.run(_Server(config, app, address).run(sockets))
+    except CannotStart as error:
+        print(f"heed: {error}", file=sys.stderr)
+        return error.code
+    return Exit.DONE
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with signals, loading and leaving by Heed's rules."""
+
+    def __init__(self, config: ServingConfig, app: FastAPI, address: str) -> None:
+        patience = int(config.request_timeout_s + SETTLE_S) + 1
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                log_level=logging.WARNING,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=patience,
+            )
+        )
+        self._settings = config
+        self._address = address
+        self._wiring: Wiring = app.state.wiring
+        self._failure: BaseException | None = None
+
+    async def run(self, sockets: list[socket.socket]) -> None:  # type: ignore[override]
+        """Load, serve, drain. Raises CannotStart when the model cannot be loaded."""
+        loop = asyncio.get_running_loop()
+        # named, both: a job started in the background of a shell begins with SIGINT ignored
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told_to_stop, number)
+        threading.Thread(target=self._load, args=(loop,), name="heed-load", daemon=True).start()
+        await self.serve(sockets)
+        await self._close()
+        if self._failure is not None:
+            raise self._failure
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are handled in `run`; uvicorn's own handlers would close the socket at once."""
+        yield
+
+    def _told_to_stop(self, number: signal.Signals) -> None:
+        """The first signal begins the drain, further SIGINTs hurry it: no more delay, then no more patience."""
+        if not self._wiring.draining:
+            delay = self._settings.drain_delay_s if self._wiring.ready else 0.0
+            self._wiring.draining = True
+            _log.info("%s: serving on for %g s, then finishing what is running.", signal.Signals(number).name, delay)
+            asyncio.get_running_loop().call_later(delay, setattr, self, "should_exit", True)
+        elif number == signal.SIGINT:
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread of its own: load the model and let it speak, or have the server end."""
+        try:
+            speaker = load_speaker(self._settings, self._wiring)
+        except BaseException as error:
+            self._failure = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: told to stop meanwhile
+                loop.call_soon_threadsafe(setattr, self, "should_exit", True)
+            return
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._speak, speaker)
+
+    def _speak(self, speaker: Speaker) -> None:
+        self._wiring.speaker = speaker
+        version = f"{self._wiring.store.policy}@v{speaker.engine.current}"
+        _log.info("Heed serves %s, on %s, at %s", version, self._wiring.base_name, self._address)
+
+    async def _close(self) -> None:
+        """Everyone has been answered: let what was said reach the log, then stop the engine."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wiring.settle(), SETTLE_S)
+        if self._wiring.speaker is not None:
+            await asyncio.to_thread(self._wiring.speaker.swapper.close)
+            await asyncio.to_thread(self._wiring.speaker.engine.close)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wiring.settle(), SETTLE_S)
+
+
+def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
+    """Load the base, start the engine, and bring it to the version that the release names. Raises CannotStart."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        model, chat = load_model(config.model, config.device, config.dtype)
+        folder = find_model(config.model)
+        engine = Engine(
+            model, chat, rows=config.max_rows, max_len=_max_len(config, model.config), max_waiting=config.max_waiting
+        )
+        base = describe_base(model, chat, folder)
+    except ModelError as error:
+        raise CannotStart(Exit.MODEL, str(error)) from error
+    told = partial(on_swap, wiring)
+    swapper = Swapper(wiring.store, engine, base, on_activated=told, on_failed=told, on_drained=told)
+    engine.start()
+    swapper.start()
+    return Speaker(engine, chat, base, swapper, folder)
+
+
+def _max_len(config: ServingConfig, model: object) -> int:
+    """Tokens of prompt and reply together. Raises CannotStart when more are set than the model can."""
+    most = getattr(model, "max_position_embeddings", None) or LONGEST_UNASKED
+    if config.max_model_len > most:
+        raise CannotStart(
+            Exit.SETTING,
+            f"HEED_MAX_MODEL_LEN={config.max_model_len}: must be at most {most}, which is what "
+            f"{base_name(config.model)} can, or 0 for that.",
+        )
+    return config.max_model_len or min(most, LONGEST_UNASKED)
+
+
+@contextlib.contextmanager
+def _application(config: ServingConfig) -> Iterator[FastAPI]:
+    """The application over the parts that last as long as the process. Raises CannotStart."""
+    feedback = config.feedback
+    try:
+        ids = Ids(load_secret(feedback))
+        log = open_log(feedback, writes=(EXCHANGES, FEEDBACK))
+    except (OSError, ValueError, LogUnavailable) as error:
+        raise CannotStart(Exit.DATA, f"{error} (HEED_DATA={feedback.data})") from error
+    with contextlib.closing(log), contextlib.closing(open_board(feedback, "server")) as board:
+        store = AdapterStore(config.adapter_root, feedback.policy)
+        yield create_app(config, ids=ids, log=log, board=board, store=store)
+
+
+def _address(host: str, listening: socket.socket) -> str:
+    port = listening.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,205 @@
+"""OpenAI's shapes of a chat's answer: one JSON body, or chunks as server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from serving.chat import Chat
+from serving.engine import Finished, Token
+from serving.errors import HeedError, ServerFailed, Unavailable
+from serving.routes.completion import Completion, Ended
+
+Json = dict[str, Any]
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def whole(completion: Completion, chat: Chat, *, logprobs: bool) -> Json:
+    """The answer in one piece. Raises ServerFailed, Unavailable (nothing was said before the deadline)."""
+    said: list[list[Json]] = [[] for _ in range(completion.asked.choices)]
+    ended: dict[int, Ended] = {}
+    async for events in completion.events():
+        for choice, event in events:
+            if isinstance(event, Ended):
+                ended[choice] = event
+            elif logprobs:
+                said[choice] += _logprobs(chat, event)
+    failure = _failure([end.finished for end in ended.values()])
+    if failure is not None:
+        raise failure
+    choices = [
+        {
+            "index": choice,
+            "message": {"role": "assistant", "content": end.finished.text, "refusal": None},
+            "logprobs": {"content": said[choice], "refusal": None} if logprobs else None,
+            "finish_reason": _reason(end.finished),
+        }
+        for choice, end in sorted(ended.items())
+    ]
+    kept = all(end.kept for end in ended.values())
+    usage = _usage(completion, [end.finished for end in ended.values()])
+    return _head(completion, "chat.completion") | {"choices": choices, "usage": usage, "heed": _heed(completion, kept)}
+
+
+async def chunks(completion: Completion, chat: Chat, *, logprobs: bool, usage: bool) -> AsyncGenerator[bytes]:
+    """The answer as server-sent events, in one piece where several have come at once."""
+    head = _head(completion, "chat.completion.chunk") | ({"usage": None} if usage else {})
+    choices = [_ChunkedChoice(number, chat, logprobs=logprobs) for number in range(completion.asked.choices)]
+    finished: list[Finished] = []
+    async for events in completion.events():
+        told: list[Json] = []
+        for number, event in events:
+            if isinstance(event, Token):
+                told += [head | {"choices": [chunk]} for chunk in choices[number].token(event)]
+            elif event.finished.reason == "error":
+                told.append(_failed(event.finished).body())
+            else:
+                finished.append(event.finished)
+                told += [head | {"choices": [chunk]} for chunk in choices[number].end(event.finished)]
+                told[-1]["heed"] = _heed(completion, event.kept)
+        yield b"".join(map(_event, told))
+    if usage:
+        yield _event(head | {"choices": [], "usage": _usage(completion, finished)})
+    yield DONE
+
+
+class _ChunkedChoice:
+    """One reply, in chunks."""
+
+    def __init__(self, number: int, chat: Chat, *, logprobs: bool) -> None:
+        self._number = number
+        self._chat = chat
+        self._wants_logprobs = logprobs
+        self._logprobs: list[Json] = []
+        """Of tokens whose text was not sent yet."""
+        self._given = 0
+        """Characters of the reply that were sent."""
+        self._begun = False
+
+    def token(self, token: Token) -> list[Json]:
+        """The chunks of one token: none while its text is not certain yet."""
+        if self._wants_logprobs:
+            self._logprobs += _logprobs(self._chat, token)
+        return [*self._beginning(), *self._text(token.text)]
+
+    def end(self, finished: Finished) -> list[Json]:
+        """The last chunks: text that was still held back, then the reason."""
+        return [
+            *self._beginning(),
+            *self._text(finished.text[self._given :]),
+            self._chunk({}) | {"finish_reason": _reason(finished)},
+        ]
+
+    def _beginning(self) -> list[Json]:
+        if self._begun:
+            return []
+        self._begun = True
+        return [{"index": self._number, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+
+    def _text(self, text: str) -> list[Json]:
+        self._given += len(text)
+        return [self._chunk({"content": text})] if text else []
+
+    def _chunk(self, delta: Json) -> Json:
+        entries, self._logprobs = self._logprobs, []
+        logprobs = {"content": entries, "refusal": None} if entries else None
+        return {"index": self._number, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. The route watches for the client's leaving: nothing here reads the request."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+        # x-accel-buffering: a proxy that collects the answer before passing it on makes no stream
+        super().__init__(events, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events):
+            async for piece in self._events:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _head(completion: Completion, kind: str) -> Json:
+    return {
+        "id": completion.asked.id,
+        "object": kind,
+        "created": int(completion.asked.created),
+        "model": completion.model,
+        "system_fingerprint": completion.fingerprint,
+    }
+
+
+def _heed(completion: Completion, kept: bool) -> Json:
+    """What OpenAI's answer does not have."""
+    asked = completion.asked
+    return {
+        "version": f"v{completion.version}",
+        "kept": kept,
+        "ask": asked.ask and kept,
+        "conversation": asked.place.conversation,
+        "turn": asked.place.turn,
+    }
+
+
+def _usage(completion: Completion, finished: Sequence[Finished]) -> Json:
+    prompt, reply = len(completion.asked.prompt_ids), sum(len(end.reply_ids) for end in finished)
+    return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
+
+
+def _reason(finished: Finished) -> str:
+    """OpenAI knows no `abort`: to a client, a reply cut off at its deadline reached a limit."""
+    return "length" if finished.reason == "abort" else finished.reason
+
+
+def _failure(finished: Sequence[Finished]) -> HeedError | None:
+    """What to say instead of an answer, where there is none."""
+    for end in finished:
+        if end.reason == "error":
+            return _failed(end)
+        if end.reason == "abort" and not end.reply_ids:
+            return Unavailable(
+                f"Nothing was said in time ({end.error or 'the reply was aborted'}). Try again when fewer people ask.",
+                code="timeout",
+                retry_after=1,
+            )
+    return None
+
+
+def _failed(finished: Finished) -> ServerFailed:
+    return ServerFailed(f"The reply could not be made: {finished.error or 'the engine failed'}. Try again.")
+
+
+def _logprobs(chat: Chat, token: Token) -> list[Json]:
+    """OpenAI's entry for one token, with the model's own log-probs; none for the token that ends a reply."""
+    if token.id in chat.eos_ids:
+        return []
+    return [
+        _entry(chat, token.id, token.raw_logprob)
+        | {"top_logprobs": [_entry(chat, token_id, logprob) for token_id, logprob in token.top]}
+    ]
+
+
+def _entry(chat: Chat, token_id: int, logprob: float) -> Json:
+    text = chat.decode([token_id])
+    # a token that is a piece of a character has no text of its own
+    whole_characters = "�" not in text
+    return {
+        "token": text,
+        "logprob": max(logprob, -9999.0),  # JSON has no infinity; OpenAI writes it so
+        "bytes": list(text.encode()) if whole_characters else None,
+    }
+
+
+def _event(body: Json) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

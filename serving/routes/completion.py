@@ -1,0 +1,204 @@
+"""One chat completion: n replies of one version, from their admission to the log.
+
+Each reply is read from the engine by a task of its own, which goes on when the client is gone: it keeps the exchange,
+and only then passes the end of the reply on. So whoever has received a reply whole can rate it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from feedback.events import EXCHANGES, Exchange, ExchangeContent, FinishReason
+from feedback.log import LogUnavailable
+from serving.engine import Finished, PromptTooLong, QueueFull, Request, Stream, Token, UnknownVersion
+from serving.errors import ContextTooLong, TooManyRequests, UnknownModel
+from serving.metrics import role_of
+from serving.routes.asked import Asked
+from serving.routes.wiring import Speaker, Wiring
+
+KEEP_WAIT_S = 30.0
+"""After this long without an answer from the log, a reply is finished as not kept."""
+_SWAPS_RACED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of one reply, after the log has answered."""
+
+    finished: Finished
+    kept: bool
+
+
+Events = list[tuple[int, Token | Ended]]
+"""Each with the number of its choice."""
+
+
+class Completion:
+    """The replies to one request."""
+
+    def __init__(self, wiring: Wiring, speaker: Speaker, asked: Asked) -> None:
+        self.asked = asked
+        self.version = 0
+        """The version that speaks; known once `begun` has returned."""
+        self._wiring = wiring
+        self._speaker = speaker
+        self._streams: list[Stream] = []
+        self._arrived: asyncio.Queue[tuple[int, Token | Ended]] = asyncio.Queue()
+        self._first: Events = []
+
+    @property
+    def model(self) -> str:
+        """The concrete version that speaks, as a model name."""
+        return f"{self._wiring.store.policy}@v{self.version}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base model, tokenizer and chat template, as OpenAI's `system_fingerprint`."""
+        return f"fp_{self._speaker.base.fingerprint[:12]}"
+
+    def start(self, version: int | None) -> None:
+        """Hand the replies to the engine: of this version, or all of the one that is current.
+
+        Raises TooManyRequests, ContextTooLong, UnknownModel (the version was just retired); then nothing is on its way.
+        """
+        for _ in range(_SWAPS_RACED):
+            try:
+                # several replies name the current version, so that a swap between two admissions splits nothing
+                several = version is None and self.asked.choices > 1
+                self._streams = self._submit(self._speaker.engine.current if several else version)
+                break
+            except UnknownVersion as error:
+                refused = UnknownModel(f"{error}.", param="model")
+        else:
+            raise refused
+        for choice, stream in enumerate(self._streams):
+            self._wiring.go_on(self._read(choice, stream))
+
+    def cancel(self) -> None:
+        """The client is gone: free the rows. What was said so far is kept."""
+        for stream in self._streams:
+            self._speaker.engine.cancel(stream)
+
+    async def begun(self) -> None:
+        """Wait until the first event, when the version is known."""
+        choice, event = await self._arrived.get()
+        self._first = [(choice, event)]
+        bound = self._streams[choice].version
+        self.version = 0 if bound is None else bound
+        metrics, role = self._wiring.metrics, role_of(self.version, self._wiring.release())
+        metrics.version_requests.labels(self._wiring.store.policy, role).inc()
+        metrics.tokens.labels("prompt").inc(len(self.asked.prompt_ids))
+
+    async def events(self) -> AsyncIterator[Events]:
+        """What has arrived since, as often as something has, until every reply has ended."""
+        left, batch = self.asked.choices, self._first
+        while left:
+            batch = batch or [await self._arrived.get()]
+            while not self._arrived.empty():
+                batch.append(self._arrived.get_nowait())
+            left -= sum(isinstance(event, Ended) for _, event in batch)
+            yield batch
+            batch = []
+
+    def _submit(self, version: int | None) -> list[Stream]:
+        asked, engine = self.asked, self._speaker.engine
+        deadline = time.monotonic() + self._wiring.config.request_timeout_s
+        streams: list[Stream] = []
+        try:
+            for choice in range(asked.choices):
+                request = Request(asked.prompt_ids, asked.sampling_of(choice), version, asked.caller, deadline)
+                streams.append(engine.submit(request, tokens=asked.tokens))
+        except (QueueFull, PromptTooLong, UnknownVersion) as error:
+            for stream in streams:
+                engine.cancel(stream)
+            if isinstance(error, QueueFull):
+                raise TooManyRequests(f"The server is busy: {error}.", retry_after=1) from error
+            if isinstance(error, PromptTooLong):
+                raise ContextTooLong(f"The messages do not fit: {error}.", param="messages") from error
+            raise
+        return streams
+
+    async def _read(self, choice: int, stream: Stream) -> None:
+        """Pass a reply on as it comes; its end only after the log has answered."""
+        try:
+            last = self.asked.arrived
+            async for event in stream:
+                if isinstance(event, Finished):
+                    self._count(stream, event)
+                    self._arrived.put_nowait((choice, Ended(event, await self._keep(choice, event))))
+                else:
+                    last = self._time(last)
+                    self._arrived.put_nowait((choice, event))
+        except Exception as error:
+            # whoever waits for this reply must hear of it; the error itself rises
+            failed = Finished("error", self.version, self.asked.prompt_ids, (), (), (), "", f"{type(error).__name__}")
+            self._arrived.put_nowait((choice, Ended(failed, kept=False)))
+            raise
+
+    def _time(self, last: float) -> float:
+        """Note a token's time since the one before, or since the request came; returns now (time.monotonic())."""
+        now, metrics = time.monotonic(), self._wiring.metrics
+        first = last == self.asked.arrived
+        (metrics.time_to_first_token if first else metrics.inter_token).observe(now - last)
+        return now
+
+    def _count(self, stream: Stream, finished: Finished) -> None:
+        metrics = self._wiring.metrics
+        metrics.tokens.labels("reply").inc(len(finished.reply_ids))
+        if stream.admitted_at is not None:
+            metrics.queue.observe(stream.admitted_at - stream.submitted_at)
+
+    async def _keep(self, choice: int, finished: Finished) -> bool:
+        """Have the exchange durable in the log; True when it is. A reply never fails because the log does."""
+        outcome = "not_stored"
+        if self.asked.kept and finished.reply_ids and finished.reason != "error":
+            event = self._exchange(choice, finished, finished.reason)
+            outcome = "kept" if await self._append(event) else "dropped"
+            if outcome == "kept":
+                await asyncio.to_thread(self._show, event)
+        self._wiring.metrics.exchanges.labels(outcome).inc()
+        return outcome == "kept"
+
+    async def _append(self, event: Exchange) -> bool:
+        try:
+            future = self._wiring.log.submit(EXCHANGES, event.id, event.to_json())
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), KEEP_WAIT_S)
+        except (LogUnavailable, TimeoutError):
+            return False
+        return True
+
+    def _show(self, event: Exchange) -> None:
+        """Put a kept exchange where later requests find it."""
+        self._wiring.board.put_exchange(event.id, event.to_json())
+        self._wiring.board.remember_exchange(
+            self.asked.caller, self.asked.messages, event.content.reply, self.asked.place
+        )
+
+    def _exchange(self, choice: int, finished: Finished, reason: FinishReason) -> Exchange:
+        asked = self.asked
+        return Exchange(
+            at=time.time(),
+            id=asked.reply_id(choice),
+            policy=self._wiring.store.policy,
+            version=finished.version,
+            base=self._speaker.base.fingerprint,
+            caller=self._wiring.ids.pseudonym(asked.caller),
+            conversation=asked.place.conversation,
+            turn=asked.place.turn,
+            finish_reason=reason,
+            sampling=asked.sampling_used(choice),
+            ask=asked.ask,
+            content=ExchangeContent(
+                user=asked.user,
+                messages=asked.messages,
+                prompt_ids=finished.prompt_ids,
+                reply=finished.text,
+                reply_ids=finished.reply_ids,
+                logprobs=finished.logprobs,
+                raw_logprobs=finished.raw_logprobs,
+                metadata=asked.metadata,
+            ),
+        )

@@ -1,0 +1,65 @@
+"""What happens to every request on its way: a bounded body, a count, and a goodbye while the server drains."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.errors import TooLarge
+from serving.routes.wiring import Wiring
+from serving.schemas import MAX_BODY_BYTES
+
+
+class Door:
+    """ASGI middleware around all routes."""
+
+    def __init__(self, app: ASGIApp, parts: Wiring) -> None:
+        self._app = app
+        self._parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self._parts.draining:
+                    MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        try:
+            await self._app(scope, _Bounded(scope, receive), answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._parts.metrics.requests.labels(route, str(status)).inc()
+            self._parts.metrics.request_seconds.labels(route).observe(time.monotonic() - began)
+
+
+class _Bounded:
+    """Reads a request's body up to the limit. Raises TooLarge beyond, or at once where the length is announced."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        announced = Headers(scope=scope).get("content-length", "")
+        self._bytes = int(announced) if announced.isdecimal() else 0
+        self._announced = bool(self._bytes)
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        self._check()
+        message = await self._receive()
+        if not self._announced and message["type"] == "http.request":
+            self._bytes += len(message.get("body", b""))
+            self._check()
+        return message
+
+    def _check(self) -> None:
+        if self._bytes > MAX_BODY_BYTES:
+            raise TooLarge(
+                f"The body is larger than {MAX_BODY_BYTES} bytes, the most that is read. Send less at a time."
+            )

@@ -1,0 +1,69 @@
+"""What people say of replies: accepted, followed on its way into a version, taken back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Request
+
+from feedback.board import Story, furthest
+from serving.errors import HeedError, Unprocessable
+from serving.routes.bodies import read_as
+from serving.routes.intake import FeedbackLog
+from serving.routes.wiring import Asking, Parts, wiring_of
+from serving.schemas import FeedbackIn, Said
+
+router = APIRouter()
+
+Json = dict[str, Any]
+
+_read = read_as(FeedbackIn, Unprocessable)
+
+
+async def _read_and_count(request: Request) -> Said:
+    try:
+        return await _read(request)
+    except HeedError:
+        wiring_of(request).metrics.feedback.labels("unknown", "malformed").inc()
+        raise
+
+
+FeedbackBody = Annotated[Said, Depends(_read_and_count)]
+IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key")]
+
+
+@router.post("/v1/feedback", status_code=202)
+async def give(said: FeedbackBody, client: Asking, log: FeedbackLog, key: IdempotencyKey = None) -> Json:
+    return {"id": await log.accept(said, client, key), "status": "accepted"}
+
+
+@router.get("/v1/feedback/{feedback_id}")
+async def story(feedback_id: str, parts: Parts) -> Json:
+    parts.ids.verify_feedback(feedback_id)
+    steps = await asyncio.to_thread(parts.board.story, feedback_id)
+    receipt = await asyncio.to_thread(parts.board.receipt, feedback_id)
+    return {
+        "id": feedback_id,
+        # an id that proves itself was accepted, even when the board has forgotten the receipt
+        "kind": receipt.kind if receipt else None,
+        "status": furthest(steps),
+        "history": [_step(step) for step in steps],
+    }
+
+
+@router.delete("/v1/feedback/{feedback_id}")
+async def retract(feedback_id: str, client: Asking, log: FeedbackLog) -> Json:
+    await log.retract(feedback_id, client)
+    return {"id": feedback_id, "status": "retracted"}
+
+
+def _step(step: Story) -> Json:
+    told: Json = {"status": step.status, "at": step.at}
+    if step.update is not None:
+        told["update"] = step.update
+    if step.version is not None:
+        told["version"] = f"v{step.version}"
+    if step.reason is not None:
+        told["reason"] = step.reason
+    return told

@@ -1,0 +1,184 @@
+"""How feedback gets into the log: proven, once, and durable before anyone is told so."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from typing import Annotated
+
+from fastapi import Depends
+
+from feedback.board import Story
+from feedback.events import FEEDBACK, Feedback, FeedbackContent, Retraction
+from feedback.log import LogUnavailable
+from serving.errors import Conflict, HeedError, NotStored, Unavailable, UnknownReply, Unprocessable
+from serving.metrics import role_of
+from serving.routes.wiring import Client, Wiring, wiring_of
+from serving.schemas import Comment, Correction, Preference, Ranking, Rating, Said, Signal, Thumb
+
+LOG_WAIT_S = 30.0
+"""After this long without an answer from the log, feedback is refused as unavailable."""
+RETRY_AFTER_S = 2.0
+
+_OUTCOMES: Mapping[type[HeedError], str] = {
+    NotStored: "not_stored",
+    UnknownReply: "unknown_reply",
+    Conflict: "conflict",
+    Unavailable: "unavailable",
+    Unprocessable: "malformed",
+}
+
+
+class Intake:
+    """Takes feedback for one server."""
+
+    def __init__(self, parts: Annotated[Wiring, Depends(wiring_of)]) -> None:
+        self._parts = parts
+
+    async def accept(self, said: Said, client: Client, header_key: str | None) -> str:
+        """Keep what was said, and return the receipt's id.
+
+        Raises UnknownReply, NotStored, Conflict (the id was used with another body), Unavailable (nothing was kept),
+        Unprocessable (header and body name different keys).
+        """
+        try:
+            repeated, feedback_id = await self._accept(said, client, _key(said.id, header_key))
+        except HeedError as error:
+            self._parts.metrics.feedback.labels(said.kind, _OUTCOMES[type(error)]).inc()
+            raise
+        self._parts.metrics.feedback.labels(said.kind, "repeated" if repeated else "accepted").inc()
+        return feedback_id
+
+    async def retract(self, feedback_id: str, client: Client) -> None:
+        """Note in the log that this feedback stops counting. Raises UnknownFeedback, Unavailable."""
+        self._parts.ids.verify_feedback(feedback_id)
+        board, now = self._parts.board, time.time()
+        if any(step.status == "retracted" for step in await asyncio.to_thread(board.story, feedback_id)):
+            return
+        event = Retraction(at=now, id=feedback_id, caller=self._parts.ids.pseudonym(client.caller(None)))
+        await self._append(feedback_id, event.to_json())
+        await asyncio.to_thread(board.write_story, feedback_id, [Story("retracted", now)])
+        receipt = await asyncio.to_thread(board.receipt, feedback_id)
+        self._parts.metrics.feedback.labels(receipt.kind if receipt else "unknown", "retracted").inc()
+
+    async def _accept(self, said: Said, client: Client, key: str | None) -> tuple[bool, str]:
+        """Whether it had been accepted before, and the receipt's id."""
+        ids, accepting = self._parts.ids, self._parts.accepting
+        for reply_id in named(said):
+            ids.verify_reply(reply_id, client.key)
+        caller = client.caller(said.user)
+        feedback_id = ids.new_feedback(caller, key)
+        digest = ids.digest(said.model_dump_json(exclude={"id"}).encode())
+        if feedback_id not in accepting:
+            event = _event(said, feedback_id, ids.pseudonym(caller), digest)
+            taking = asyncio.get_running_loop().create_task(self._take(said, event, key))
+            accepting[feedback_id] = digest, taking
+            taking.add_done_callback(lambda _: accepting.pop(feedback_id))
+        elif accepting[feedback_id][0] != digest:
+            raise _conflict(key)
+        else:
+            await asyncio.shield(accepting[feedback_id][1])
+            return True, feedback_id
+        return await asyncio.shield(taking), feedback_id
+
+    async def _take(self, said: Said, event: Feedback, key: str | None) -> bool:
+        """Append, unless the board knows it as accepted; True when it does. Raises Conflict, Unavailable."""
+        board = self._parts.board
+        receipt = await asyncio.to_thread(board.receipt, event.id)
+        if receipt is not None:
+            if receipt.body != event.body:
+                raise _conflict(key)
+            return True
+        await self._append(event.reply_ids[0], event.to_json())
+        await asyncio.to_thread(board.remember_receipt, event.id, event.kind, event.body, event.at)
+        await asyncio.to_thread(self._count_value, said)
+        return False
+
+    async def _append(self, key: str, event: str) -> None:
+        try:
+            future = self._parts.log.submit(FEEDBACK, key, event)
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), LOG_WAIT_S)
+        except LogUnavailable as error:
+            raise Unavailable(
+                f"The feedback was not kept: {error}. Send it again with the same id.",
+                code="log_unavailable",
+                retry_after=RETRY_AFTER_S,
+            ) from error
+        except TimeoutError:
+            raise Unavailable(
+                "The log does not answer: nobody knows whether the feedback was kept. Send it again with the same id.",
+                code="log_unavailable",
+                retry_after=RETRY_AFTER_S,
+            ) from None
+
+    def _count_value(self, said: Said) -> None:
+        """Count a thumb or a rating for the role of the version that spoke, while the board still knows which."""
+        if not isinstance(said, Thumb | Rating):
+            return
+        exchange = self._parts.board.get_exchange(said.reply_id)
+        if exchange is not None:
+            role = role_of(json.loads(exchange)["version"], self._parts.release())
+            policy = self._parts.store.policy
+            self._parts.metrics.feedback_value.labels(policy, said.kind, str(said.value), role).inc()
+
+
+FeedbackLog = Annotated[Intake, Depends(Intake)]
+
+
+def named(said: Said) -> tuple[str, ...]:
+    """The replies a feedback is about, from best to worst where there is an order."""
+    if isinstance(said, Preference):
+        return said.chosen, said.rejected
+    return tuple(said.reply_ids) if isinstance(said, Ranking) else (said.reply_id,)
+
+
+def _event(said: Said, feedback_id: str, caller: str, digest: str) -> Feedback:
+    return Feedback(
+        at=time.time(),
+        id=feedback_id,
+        caller=caller,
+        kind=said.kind,
+        reply_ids=named(said),
+        aspect=said.aspect if isinstance(said, Thumb | Rating) else "overall",
+        value=_value(said),
+        signal=said.name if isinstance(said, Signal) else None,
+        body=digest,
+        content=FeedbackContent(
+            user=said.user,
+            text=said.text if isinstance(said, Correction | Comment) else None,
+            metadata=said.metadata or {},
+        ),
+    )
+
+
+def _value(said: Said) -> float | None:
+    if isinstance(said, Thumb):
+        return 1.0 if said.value == "up" else 0.0
+    if isinstance(said, Rating):
+        return float(said.value)
+    return said.value if isinstance(said, Signal) else None
+
+
+def _key(body: str | None, header: str | None) -> str | None:
+    """The idempotency key, wherever it stands. Raises Unprocessable where two differ, or the header is too long."""
+    if header is None:
+        return body
+    if body is not None and body != header:
+        raise Unprocessable(
+            "id differs from the header Idempotency-Key; send one of them, or the same twice.", param="id"
+        )
+    if not 1 <= len(header) <= 256:
+        raise Unprocessable(
+            f"The header Idempotency-Key has {len(header)} characters, and may have 1 to 256.", param="id"
+        )
+    return header
+
+
+def _conflict(key: str | None) -> Conflict:
+    return Conflict(
+        f"Feedback with the id {key!r} was accepted before, with another body. Send it under an id of its own; "
+        "to take the first one back, DELETE it by its receipt's id.",
+        param="id",
+    )

@@ -1,0 +1,121 @@
+"""What routes are given, by name: the parts a server is made of, and who is asking."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+
+from feedback.board import Board
+from feedback.events import Release
+from feedback.log import Log
+from serving.adapters import AdapterStore, ReleaseBroken
+from serving.config import ServingConfig
+from serving.errors import Unavailable
+from serving.ids import Ids
+from serving.metrics import Metrics
+
+if TYPE_CHECKING:
+    from serving.base import Base
+    from serving.chat import Chat
+    from serving.engine import Engine
+    from serving.swap import Swapper
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """What answers chats: there once the model is loaded."""
+
+    engine: Engine
+    chat: Chat
+    base: Base
+    swapper: Swapper
+    folder: Path
+    """Where the base model's files lie."""
+
+
+@dataclass(slots=True)
+class Wiring:
+    """The parts of one server, put together by create_app. Nothing of it is global."""
+
+    config: ServingConfig
+    ids: Ids
+    log: Log
+    board: Board
+    store: AdapterStore
+    metrics: Metrics
+    base_name: str
+    """The base model, as clients name it."""
+    speaker: Speaker | None = None
+    """None while the model is loading."""
+    draining: bool = False
+    """True from the first SIGTERM on: new chats are still answered, but nobody should send more."""
+    accepting: dict[str, tuple[str, asyncio.Task[bool]]] = field(default_factory=dict)
+    """Feedback ids on their way into the log, with the digest of their body: two posts at once make one event."""
+    started: float = field(default_factory=time.time)
+    dice: random.Random = field(default_factory=random.SystemRandom)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """Work that goes on when the request that began it is gone, such as keeping what was said."""
+
+    @property
+    def ready(self) -> bool:
+        """True when a chat sent now would be answered, and a next one too."""
+        return self.speaker is not None and not self.draining
+
+    def go_on(self, work: Coroutine[None, None, None]) -> None:
+        """Run `work` to its end whatever becomes of the request."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def settle(self) -> None:
+        """Wait for everything that goes on."""
+        while self.tasks:
+            await asyncio.wait(self.tasks)
+
+    def release(self) -> Release:
+        """What the release file says; while nobody can read it, that the base is served."""
+        try:
+            return self.store.release()
+        except ReleaseBroken:
+            return Release(policy=self.store.policy)
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who is asking."""
+
+    key: str
+    """The API key; "" for everyone while there are none."""
+    address: str
+
+    def caller(self, user: str | None) -> str:
+        """Who takes turns in the queue and whose idempotency keys these are: `user` if given, else the address."""
+        return f"user:{user}" if user is not None else f"address:{self.address}"
+
+
+def wiring_of(request: Request) -> Wiring:
+    wiring = request.app.state.wiring
+    assert isinstance(wiring, Wiring)
+    return wiring
+
+
+def _speaker(wiring: Annotated[Wiring, Depends(wiring_of)]) -> Speaker:
+    if wiring.speaker is None:
+        raise Unavailable("The model is still being loaded; GET /ready says when it is there.", retry_after=1)
+    return wiring.speaker
+
+
+def _client(request: Request) -> Client:
+    return Client("", request.client.host if request.client else "")
+
+
+Parts = Annotated[Wiring, Depends(wiring_of)]
+Speaking = Annotated[Speaker, Depends(_speaker)]
+Asking = Annotated[Client, Depends(_client)]

@@ -1,0 +1,92 @@
+// The strip at the top: what speaks, how much feedback was counted, and whether people like it more.
+
+import { call } from "./api.js";
+
+const POLL_MS = 2000;
+const VERSIONS_SHOWN = 6;
+
+const by = (id) => document.getElementById(id);
+
+/** Ask for the policy every two seconds while the page is seen; `onPolicy` hears of each answer. */
+export async function watchPolicy(onPolicy) {
+  let known = null;
+  for (;;) {
+    if (!document.hidden) {
+      try {
+        const policy = await (await call("/v1/policy")).json();
+        show(policy, known);
+        known = policy.current ?? known;
+        onPolicy(policy);
+      } catch (error) {
+        by("strip").classList.add("away");
+        by("why").textContent = error.message;
+      }
+    }
+    await new Promise((wake) => setTimeout(wake, POLL_MS));
+  }
+}
+
+function show(policy, known) {
+  const current = policy.current ?? "v0";
+  by("strip").classList.remove("away");
+  by("current").textContent = current;
+  by("current").title = current === "v0" ? "the base model, before any feedback" : `version ${current}`;
+  by("shipping").textContent = shipping(policy);
+  by("counted").textContent = counted(policy.feedback).toLocaleString();
+  by("why").textContent = policy.why ?? "";
+  showLiked(policy.liked ?? {}, current);
+  if (known !== null && known !== current) announce(current);
+}
+
+function shipping({ candidate, paused }) {
+  if (paused) return "· paused";
+  return candidate ? `· ${candidate} is being tried` : "";
+}
+
+/** All feedback, whatever the kind; what was dropped is not counted. */
+function counted(feedback) {
+  if (typeof feedback === "number") return feedback;
+  if (feedback === null || typeof feedback !== "object") return 0;
+  const kinds = Object.entries(feedback).filter(([name]) => name !== "dropped");
+  return kinds.reduce((sum, [, value]) => sum + counted(value), 0);
+}
+
+function showLiked(liked, current) {
+  const rated = Object.entries(liked).filter(([, one]) => typeof one?.share === "number");
+  if (rated.length === 0) return;
+  const rows = rated.sort(([a], [b]) => number(a) - number(b)).slice(-VERSIONS_SHOWN);
+  by("liked").replaceChildren(...rows.map(([version, one]) => likedRow(version, one, version === current)));
+  if (!liked[current]) by("liked").append(text("li", `${current} not rated yet`));
+}
+
+function likedRow(version, { share, count }, isCurrent) {
+  const percent = Math.round(share * 100);
+  const row = document.createElement("li");
+  row.className = isCurrent ? "current" : "";
+  row.title = `${percent}% of ${count ?? "?"} ratings of ${version} were good`;
+  const bar = document.createElement("span");
+  bar.className = "bar";
+  const filled = document.createElement("i");
+  filled.style.width = `${percent}%`;
+  bar.append(filled);
+  row.append(text("b", version), bar, text("span", `${percent}%`), text("small", count == null ? "" : `of ${count}`));
+  return row;
+}
+
+function announce(version) {
+  by("arrival").textContent = version === "v0" ? "The base speaks again." : `${version} has arrived and speaks from now on.`;
+  by("current").classList.remove("fresh");
+  void by("current").offsetWidth; // so that the animation starts anew
+  by("current").classList.add("fresh");
+  setTimeout(() => (by("arrival").textContent = ""), 12000);
+}
+
+function text(tag, content) {
+  const element = document.createElement(tag);
+  element.textContent = content;
+  return element;
+}
+
+function number(version) {
+  return Number(version.replace(/^v/, ""));
+}

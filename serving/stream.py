@@ -1,0 +1,142 @@
+"""A request to the engine, what comes back, and the stream between: written by the engine's thread, read anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from serving.sampling import Sampling
+
+Reason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One reply to be made."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    version: int | None = None
+    """The adapter version to speak; None for the one that is current when the request is admitted."""
+    caller: str = ""
+    """Callers take turns in the queue."""
+    deadline: float | None = None
+    """time.monotonic() after which the reply is aborted; None for never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One sampled token."""
+
+    id: int
+    text: str
+    """Text that became certain with this token: often its own, sometimes none yet, sometimes that of several."""
+    logprob: float
+    """Under the distribution it was drawn from."""
+    raw_logprob: float
+    """At temperature 1 under the full softmax."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens instead, with raw log-probs, as many as asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A whole reply; the last event of every stream."""
+
+    reason: Reason
+    """stop: end of sequence or stop text; length: max_tokens or the model's length; abort: cancelled or too late; error."""
+    version: int
+    prompt_ids: tuple[int, ...]
+    reply_ids: tuple[int, ...]
+    """All sampled ids: with the end-of-sequence id, and those of a stop text, that `text` leaves out."""
+    logprobs: tuple[float, ...]
+    raw_logprobs: tuple[float, ...]
+    text: str
+    error: str | None = None
+    """For abort and error: why, in a sentence."""
+
+
+Event = Token | Finished
+
+
+class Stream:
+    """The events of one reply: iterate it in asyncio, call `result()` in a thread, or give `on_event` to `Engine.submit`."""
+
+    def __init__(
+        self, request: Request, on_event: Callable[[Event], None] | None, tokens: bool, drive: Callable[[], bool]
+    ) -> None:
+        """`tokens`: False when only the whole reply is wanted. `drive`: one step of an engine without a thread, else False."""
+        self.request = request
+        self.tokens = tokens
+        self.version: int | None = None
+        """The version that speaks: known at admission."""
+        self.submitted_at = time.monotonic()
+        self.admitted_at: float | None = None
+        """When the reply left the queue and its version was bound (time.monotonic())."""
+        self.finished: Finished | None = None
+        self.cancelled = False
+        self._on_event = on_event
+        self._drive = drive
+        self._done = threading.Event()
+        self._events: deque[Event] = deque()
+        self._reader: Reader | None = None
+
+    def result(self, timeout: float | None = None) -> Finished:
+        """Wait for the whole reply. Raises TimeoutError after `timeout` seconds."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self._done.is_set() and (until is None or time.monotonic() < until) and self._drive():
+            pass
+        if not self._done.wait(None if until is None else max(0.0, until - time.monotonic())):
+            raise TimeoutError(f"no whole reply within {timeout} s")
+        assert self.finished is not None
+        return self.finished
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Token after Token, then Finished. One reader only, and only without `on_event`."""
+        arrived = asyncio.Event()
+        self._reader = (asyncio.get_running_loop(), arrived)
+        while True:
+            arrived.clear()
+            while self._events:
+                event = self._events.popleft()
+                yield event
+                if isinstance(event, Finished):
+                    return
+            await arrived.wait()
+
+    def deliver(self, event: Event) -> Reader | None:
+        """Called by the engine for each event, in order; returns the reader to wake, if one waits. `on_event`'s errors rise."""
+        if isinstance(event, Finished):
+            self.finished = event
+        try:
+            if self._on_event is not None:
+                self._on_event(event)
+            else:
+                self._events.append(event)
+        finally:
+            if isinstance(event, Finished):
+                self._done.set()
+        return self._reader
+
+
+Reader = tuple[asyncio.AbstractEventLoop, asyncio.Event]
+
+
+def wake(readers: Iterable[Reader]) -> None:
+    """Tell each reader that events have arrived: one call a loop, whatever the number of its readers."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for loop, arrived in readers:
+        by_loop.setdefault(loop, []).append(arrived)
+    for loop, events in by_loop.items():
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_set_all, events)
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -1,0 +1,131 @@
+"""Checkpoints: whole or not there, the last two kept, torn ones passed over."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from learner import checkpoint
+
+META = {"base": "b", "offsets": {"heed.feedback": 7}, "trainer": {"beta": 0.05}}
+
+
+def tensors(number: int) -> dict[str, torch.Tensor]:
+    return {"value.down.0": torch.full((2, 3), float(number)), "steps": torch.tensor(number)}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path):
+    shared = torch.arange(6.0)
+    checkpoint.save(tmp_path, 1, {"a": shared, "b": shared.view(2, 3), "c": shared[::2]}, META)
+    found = checkpoint.load(tmp_path)
+    assert found is not None
+    assert found.meta == META
+    assert torch.equal(found.tensors["b"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(found.tensors["c"], torch.tensor([0.0, 2.0, 4.0]))
+    assert found.tensors["a"].dtype == torch.float32
+
+
+def test_there_is_none_at_first(tmp_path: Path):
+    assert checkpoint.load(tmp_path) is None
+    assert checkpoint.load(tmp_path / "not there") is None
+
+
+def test_the_newest_is_loaded_and_the_last_two_are_kept(tmp_path: Path):
+    for number in (1, 2, 10, 1_000_000):
+        checkpoint.save(tmp_path, number, tensors(number), META)
+    assert names(tmp_path) == {"000010", "1000000"}
+    found = checkpoint.load(tmp_path)
+    assert found is not None
+    assert found.tensors["steps"].item() == 1_000_000
+
+
+def test_the_same_number_again_replaces_it(tmp_path: Path):
+    checkpoint.save(tmp_path, 1, tensors(1), META)
+    checkpoint.save(tmp_path, 1, tensors(5), META)
+    assert names(tmp_path) == {"000001"}
+    found = checkpoint.load(tmp_path)
+    assert found is not None
+    assert found.tensors["steps"].item() == 5
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tensors.safetensors", b""),
+        ("tensors.safetensors", b"\x08\0\0\0\0\0\0\0{}      changed"),
+        ("checkpoint.json", b""),
+        ("checkpoint.json", b"[]"),
+        ("checkpoint.json", b'{"sha256": "0"}'),
+        ("checkpoint.json", None),
+        ("tensors.safetensors", None),
+    ],
+)
+def test_a_torn_one_is_passed_over_for_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, content: bytes | None
+):
+    checkpoint.save(tmp_path, 1, tensors(1), META)
+    place = checkpoint.save(tmp_path, 2, tensors(2), META)
+    if content is None:
+        (place / file).unlink()
+    else:
+        (place / file).write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.load(tmp_path)
+    assert found is not None
+    assert found.tensors["steps"].item() == 1
+    assert "000002 is torn" in caplog.text
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint.save(tmp_path, 1, tensors(1), META)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 2, tensors(2), META)
+    assert names(tmp_path) == {"000001"}
+
+
+@pytest.mark.parametrize("fatal", ["fsync 1", "fsync 2", "rename 1", "fsync 3"])
+def test_a_kill_at_any_step_leaves_a_whole_one_and_the_next_save_sweeps(tmp_path: Path, fatal: str):
+    """kill -9 for real, right after the n-th call that touches the disk."""
+    checkpoint.save(tmp_path, 1, tensors(1), META)
+    call, count = fatal.split()
+    program = f"""
+import os, pathlib, signal
+from learner import checkpoint
+from tests.test_checkpoint import META, tensors
+calls = {{"fsync": 0, "rename": 0}}
+def deadly(name, real):
+    def call(*arguments):
+        result = real(*arguments)
+        calls[name] += 1
+        if name == {call!r} and calls[name] == {count}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+os.fsync = deadly("fsync", os.fsync)
+pathlib.Path.rename = deadly("rename", pathlib.Path.rename)
+checkpoint.save(pathlib.Path({str(tmp_path)!r}), 2, tensors(2), META)
+"""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, check=False)
+    assert done.returncode == -9
+    found = checkpoint.load(tmp_path)
+    assert found is not None
+    assert found.tensors["steps"].item() in (1, 2)
+    checkpoint.save(tmp_path, 3, tensors(3), META)
+    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
