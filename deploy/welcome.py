@@ -107,4 +107,4 @@ def own_name() -> str:
     own = Path(sys.argv[0])
     if shutil.which("heed") or own.name != "heed":
         return "heed"
-    return os.path.relpath(own)
+    return min(str(own), os.path.relpath(own), key=len)

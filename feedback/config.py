@@ -158,18 +158,20 @@ _KINDS: Mapping[Any, str] = {
 }
 
 _BOUNDS = (("ge", "at least {}"), ("gt", "above {}"), ("le", "at most {}"), ("lt", "below {}"))
-_TEXT_BOUNDS = (("min_length", "of at least {} {unit}"), ("max_length", "of at most {} {unit}"))
 
 
 def _bounds(field: FieldInfo) -> str:
     found = {name: value for item in field.metadata for name, value in _constraints(item)}
     if "ge" in found and "le" in found:
         return f" from {found['ge']} to {found['le']}"
-    unit = "characters" if _kind(field)[0] is str else "items"
-    bounds = (*_BOUNDS, *_TEXT_BOUNDS)
-    words = [text.format(found[name], unit=unit) for name, text in bounds if name in found]
-    if found.get("pattern"):
-        words.append("that matches " + str(found["pattern"]))
+    words = [text.format(found[name]) for name, text in _BOUNDS if name in found]
+    length = " to ".join(str(found[name]) for name in ("min_length", "max_length") if name in found)
+    if length:
+        missing = {"max_length": "at least ", "min_length": "at most "}
+        words.append("of " + "".join(text for name, text in missing.items() if name not in found) + length)
+        words[-1] += (" character" if _kind(field)[0] is str else " item") + "s" * (length != "1")
+    if "pattern" in found:
+        words.append(f"that matches {found['pattern']}")
     return (" " + " and ".join(words)) if words else ""
 
 

@@ -219,6 +219,7 @@ class _TopicFile:
             self._lock = _lock(self.path.with_suffix(".lock"))
             sqlite_file.make(self.path, SCHEMA)
             self._open().execute("SELECT max(offset) FROM records").fetchone()
+            self._sync_what_was_left()
         except (sqlite3.Error, OSError) as error:
             self.__exit__()
             raise LogUnavailable(f"cannot open the log {self.path}: {error}") from error
@@ -241,6 +242,11 @@ class _TopicFile:
             self._drop()  # closing rolls back; what state a failed write leaves a connection in is not worth knowing
             raise
         return offsets
+
+    def _sync_what_was_left(self) -> None:
+        """Bring to disk what a killed writer had written and not yet synced: whoever reads it now may rely on it."""
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk is the next append's to report
+            self._open().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     def _open(self) -> sqlite3.Connection:
         if self._db is None:

@@ -48,7 +48,7 @@ Chat = list[dict[str, str]]
 Row = dict[str, str]
 
 _FORMAL = re.compile(
-    r"\b(?:certainly|of course|please|kindly|very kind|indeed|gladly|pleasure|sincerely?|honoured|would you|would there"
+    r"\b(?:certainly|of course|please|kindly|very kind|indeed|gladly|pleasure|sincere(?:ly)?|honoured|would you|would there"
     r"|may I|shall)\b",
     re.I,
 )

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from prometheus_client import disable_created_metrics
+
 from feedback.board import open_board
 from feedback.events import RELEASES
 from feedback.log import LogUnavailable, open_log
@@ -21,9 +23,8 @@ from learner.config import LearnerConfig
 from learner.metrics import LearnerMetrics, MetricsServer
 from learner.state import State
 from learner.statefile import StateError, remove_state
+from serving.exits import Exit
 
-DONE, FAILED, CANNOT_START = 0, 1, 3
-"""Exit codes. After CANNOT_START trying again is no use; after FAILED it may be."""
 LOCK_POLL_S = 0.5
 LONGEST_WAIT_S = 30.0
 
@@ -36,25 +37,28 @@ class ToldToStop(Exception):
 
 
 def learn(config: LearnerConfig, until_idle: bool = False, rebuild: bool = False) -> int:
-    """Learn until a signal, or until there is nothing to do; returns the exit code. Only for the main thread.
+    """Learn until a signal, or until there is nothing to do; returns the exit code (serving/exits.py).
 
     `rebuild` makes the state anew from the log first. A fault that stops the start is one line on standard error.
+    Only for the main thread of a process.
     """
-    _say_what_happens()
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # they double what is scraped and say nothing
     stopping = threading.Event()
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_stopped_by_signals(stopping))
             return _learn(config, until_idle, rebuild, stopping, stack)
     except ToldToStop:
-        return DONE
+        return Exit.DONE
     except _Refused as refused:
-        sys.stderr.write(f"heed learn: {refused}\n")
+        sys.stderr.write(f"heed: {refused}\n")
         return refused.exit_code
 
 
 class _Refused(Exception):
-    def __init__(self, message: str, exit_code: int) -> None:
+    """The start cannot succeed as things are; the message is one line."""
+
+    def __init__(self, message: str, exit_code: Exit) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
@@ -85,7 +89,7 @@ def _learn(
     try:
         trainer = Trainer(config)
     except ModelError as error:
-        raise _Refused(str(error), CANNOT_START) from error
+        raise _Refused(str(error), Exit.MODEL) from error
     state = _open_state(config, trainer.base.fingerprint, rebuild, stopping)
     stack.callback(state.close)
     store = AdapterStore(config.serving.adapter_root, config.serving.feedback.policy)
@@ -101,7 +105,8 @@ def _learn(
     )
     _log.info("learning for policy %s in %s", store.policy, data)
     learner.run(until_idle)
-    return DONE
+    _log.info("stopped" if stopping.is_set() else "nothing to learn now")
+    return Exit.DONE
 
 
 def stand_behind_the_server(nice: int) -> None:
@@ -129,7 +134,7 @@ def _hold_lock(path: Path, stopping: threading.Event, stack: contextlib.ExitStac
         path.parent.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(path.open("a+"))
     except OSError as error:
-        raise _Refused(f"the data folder cannot be used: {error}", CANNOT_START) from error
+        raise _Refused(f"the data folder cannot be used: {error} (HEED_DATA={path.parent})", Exit.DATA) from error
     told = False
     while True:
         try:
@@ -161,7 +166,7 @@ def _serve_metrics(config: LearnerConfig, metrics: LearnerMetrics, stack: contex
         raise _Refused(
             f"HEED_LEARNER_METRICS_PORT={port}: cannot listen on {host}:{port} ({error.strerror}). "
             "Choose another port, or 0 for none.",
-            CANNOT_START,
+            Exit.PORT,
         ) from error
     stack.callback(server.close)
 
@@ -173,7 +178,7 @@ def _open_state(config: LearnerConfig, base: str, rebuild: bool, stopping: threa
     try:
         return _patiently(lambda: State(path, policy=config.serving.feedback.policy, base=base), stopping)
     except StateError as error:
-        raise _Refused(str(error), FAILED) from error
+        raise _Refused(str(error), Exit.FAILED) from error
 
 
 def _patiently(opening: Callable[[], T], stopping: threading.Event) -> T:
@@ -187,10 +192,3 @@ def _patiently(opening: Callable[[], T], stopping: threading.Event) -> T:
         if stopping.wait(wait_s):
             raise ToldToStop
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-
-
-def _say_what_happens() -> None:
-    """Lines of ours from INFO up, of others from WARNING up, to standard error, unless logging was set up already."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for room in ("feedback", "serving", "learner"):
-        logging.getLogger(room).setLevel(logging.INFO)

@@ -35,7 +35,7 @@ def why_nothing_ships(state: State, last: Update | None, release: Release, neede
         return _why_no_judgements(state)
     waiting = f"{fresh} of the {needed} new judgements that start an update"
     if last is not None and last.why is not None:
-        return f"{last.why}; {waiting}"
+        return f"{last.why}{'' if last.why.endswith('.') else ';'} {waiting}"
     if last is None or fresh:
         return waiting
     return None

@@ -73,16 +73,23 @@ class KeyValueRows(Cache):
             places.update(zip(members, block, strict=True))
         super().__init__(layers=[_RowsLayer(places[2 * i], places[2 * i + 1]) for i in range(len(shapes))])
 
-    def aim(self, first: int, position_BT: Tensor, read: int) -> None:
+    def aim(self, first: int, place_BT: Tensor, read: int) -> None:
         """Point the next forward at rows first … first+B-1.
 
-        position_BT: where each token's key and value go; `self.length` for padding. `read`: attention sees positions 0 … read-1.
+        place_BT: the position at which each token's key and value go; `length` for padding. `read`: attention sees the
+        positions 0 … read-1.
         """
         self._zero_up_to(read)
-        count = position_BT.shape[0]
-        row_B1 = torch.arange(first, first + count, device=position_BT.device).unsqueeze(1)
+        count = place_BT.shape[0]
+        row_B11 = torch.arange(first, first + count, device=place_BT.device)[:, None, None]
+        flat: dict[int, Tensor] = {}
         for layer in self.layers:
-            layer.aim(slice(first, first + count), row_B1, position_BT, read)
+            heads = layer.keys.shape[1]
+            if heads not in flat:
+                head_H1 = torch.arange(heads, device=place_BT.device)[:, None]
+                flat_BHT = (row_B11 * heads + head_H1) * (self.length + 1) + place_BT[:, None]
+                flat[heads] = flat_BHT.flatten()
+            layer.aim(slice(first, first + count), flat[heads], read)
 
     def copy(self, source: int, target: int, used: int) -> None:
         """Copy the first `used` positions of a row over a free row."""
@@ -124,14 +131,16 @@ class _RowsLayer(CacheLayerMixin):
         self.is_initialized = True
         self._read = 0
 
-    def aim(self, rows: slice, row_B1: Tensor, position_BT: Tensor, read: int) -> None:
+    def aim(self, rows: slice, flat_N: Tensor, read: int) -> None:
+        """flat_N: where the new keys and values go, as indices into [rows · heads · (length + 1), dim]."""
         self._seen = self.keys[rows, :, :read], self.values[rows, :, :read]
-        self._row_B1, self._position_BT, self._read = row_B1, position_BT, read
+        self._flat_N, self._read = flat_N, read
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """key_states, value_states: [B, heads, T, dim]."""
-        self.keys[self._row_B1, :, self._position_BT] = key_states.transpose(1, 2)
-        self.values[self._row_B1, :, self._position_BT] = value_states.transpose(1, 2)
+        for memory, new in ((self.keys, key_states), (self.values, value_states)):
+            dim = memory.shape[-1]
+            memory.view(-1, dim).index_copy_(0, self._flat_N, new.reshape(-1, dim))
         return self._seen
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

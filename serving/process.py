@@ -22,6 +22,7 @@ from functools import partial
 import torch
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import disable_created_metrics
 
 from feedback.board import open_board
 from feedback.events import EXCHANGES, FEEDBACK
@@ -48,7 +49,8 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ServingConfig) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code, of serving/exits.py. A failed start says why in one line."""
+    """Serve until SIGTERM or SIGINT; returns the exit code (serving/exits.py). A failed start says why in one line."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # they double what is scraped and say nothing that a rate does not
     try:
         with contextlib.ExitStack() as held:
             prepare_folder(config.feedback.data)

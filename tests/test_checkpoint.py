@@ -99,33 +99,46 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert names(tmp_path) == {"000001"}
 
 
-@pytest.mark.parametrize("fatal", ["fsync 1", "fsync 2", "rename 1", "fsync 3"])
-def test_a_kill_at_any_step_leaves_a_whole_one_and_the_next_save_sweeps(tmp_path: Path, fatal: str):
-    """kill -9 for real, right after the n-th call that touches the disk."""
-    checkpoint.save(tmp_path, 1, tensors(1), META)
-    call, count = fatal.split()
+FATAL = ("fsync 1", "fsync 2", "rename 1", "fsync 3")
+
+
+def test_a_kill_at_any_step_leaves_a_whole_one_and_the_next_save_sweeps(tmp_path: Path):
+    """kill -9 for real, right after each call that touches the disk."""
+    for fatal in FATAL:
+        checkpoint.save(tmp_path / fatal, 1, tensors(1), META)
     program = f"""
 import os, pathlib, signal
 from learner import checkpoint
-from tests.test_checkpoint import META, tensors
-calls = {{"fsync": 0, "rename": 0}}
-def deadly(name, real):
+from tests.test_checkpoint import FATAL, META, tensors
+
+def deadly(name, real, count):
+    calls = []
     def call(*arguments):
         result = real(*arguments)
-        calls[name] += 1
-        if name == {call!r} and calls[name] == {count}:
+        calls.append(name)
+        if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     return call
-os.fsync = deadly("fsync", os.fsync)
-pathlib.Path.rename = deadly("rename", pathlib.Path.rename)
-checkpoint.save(pathlib.Path({str(tmp_path)!r}), 2, tensors(2), META)
+
+for fatal in FATAL:
+    child = os.fork()
+    if child == 0:
+        call, count = fatal.split()
+        owner = os if call == "fsync" else pathlib.Path
+        setattr(owner, call, deadly(call, getattr(owner, call), int(count)))
+        checkpoint.save(pathlib.Path({str(tmp_path)!r}) / fatal, 2, tensors(2), META)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -9, fatal
 """
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, check=False)
-    assert done.returncode == -9
-    found = checkpoint.load(tmp_path)
-    assert found is not None
-    assert found.tensors["steps"].item() in (1, 2)
-    checkpoint.save(tmp_path, 3, tensors(3), META)
-    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
+    steps = {}
+    for fatal in FATAL:
+        found = checkpoint.load(tmp_path / fatal)
+        assert found is not None
+        steps[fatal] = found.tensors["steps"].item()
+        checkpoint.save(tmp_path / fatal, 3, tensors(3), META)
+        assert not [name for name in names(tmp_path / fatal) if name.endswith(".tmp")]
+    assert steps == {"fsync 1": 1, "fsync 2": 1, "rename 1": 2, "fsync 3": 2}

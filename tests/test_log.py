@@ -138,6 +138,13 @@ def test_what_waits_is_written_in_one_transaction(log: SqliteLog, monkeypatch: p
     assert batches == [1, 99]
 
 
+def test_every_transaction_is_synced(log: SqliteLog) -> None:
+    assert log._writer is not None
+    for file in log._writer._files.values():
+        assert file._open().execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert file._open().execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
 def test_an_event_is_kept_though_nobody_waits_for_it_any_more(log: SqliteLog) -> None:
     async def give_up() -> None:
         waiting = asyncio.wrap_future(log.submit(FEEDBACK, "key", "{}"))

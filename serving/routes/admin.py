@@ -8,6 +8,7 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header
+from pydantic import TypeAdapter
 
 from serving.adapters import BadAdapter, ReleaseBroken, ReleaseRefused, StoreBusy
 from serving.errors import Conflict, NotFound, Unauthorized, Unavailable, Unprocessable
@@ -33,8 +34,8 @@ def _operator(parts: Parts, authorization: Annotated[str, Header()] = "") -> Non
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(_operator)])
 
-Promotion = Annotated[PromoteIn, Depends(read_as(PromoteIn, Unprocessable, empty=b"{}"))]
-Reason = Annotated[Because, Depends(read_as(Because, Unprocessable, empty=b"{}"))]
+Promotion = Annotated[PromoteIn, Depends(read_as(TypeAdapter(PromoteIn), Unprocessable, empty=b"{}"))]
+Reason = Annotated[Because, Depends(read_as(TypeAdapter(Because), Unprocessable, empty=b"{}"))]
 
 
 @router.post("/promote")

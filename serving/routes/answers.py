@@ -14,6 +14,7 @@ from serving.chat import Chat
 from serving.engine import Finished, Token
 from serving.errors import HeedError, ServerFailed, Unavailable
 from serving.routes.completion import Completion, Ended
+from serving.routes.logprobs import entries
 
 Json = dict[str, Any]
 
@@ -29,7 +30,7 @@ async def whole(completion: Completion, chat: Chat, *, logprobs: bool) -> Json:
             if isinstance(event, Ended):
                 ended[choice] = event
             elif logprobs:
-                said[choice] += _logprobs(chat, event)
+                said[choice] += entries(chat, event)
     failure = _failure([end.finished for end in ended.values()])
     if failure is not None:
         raise failure
@@ -85,7 +86,7 @@ class _ChunkedChoice:
     def token(self, token: Token) -> list[Json]:
         """The chunks of one token: none while its text is not certain yet."""
         if self._wants_logprobs:
-            self._logprobs += _logprobs(self._chat, token)
+            self._logprobs += entries(self._chat, token)
         return [*self._beginning(), *self._text(token.text)]
 
     def end(self, finished: Finished) -> list[Json]:
@@ -107,8 +108,8 @@ class _ChunkedChoice:
         return [self._chunk({"content": text})] if text else []
 
     def _chunk(self, delta: Json) -> Json:
-        entries, self._logprobs = self._logprobs, []
-        logprobs = {"content": entries, "refusal": None} if entries else None
+        told, self._logprobs = self._logprobs, []
+        logprobs = {"content": told, "refusal": None} if told else None
         return {"index": self._number, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
@@ -178,27 +179,6 @@ def _failure(finished: Sequence[Finished]) -> HeedError | None:
 
 def _failed(finished: Finished) -> ServerFailed:
     return ServerFailed(f"The reply could not be made: {finished.error or 'the engine failed'}. Try again.")
-
-
-def _logprobs(chat: Chat, token: Token) -> list[Json]:
-    """OpenAI's entry for one token, with the model's own log-probs; none for the token that ends a reply."""
-    if token.id in chat.eos_ids:
-        return []
-    return [
-        _entry(chat, token.id, token.raw_logprob)
-        | {"top_logprobs": [_entry(chat, token_id, logprob) for token_id, logprob in token.top]}
-    ]
-
-
-def _entry(chat: Chat, token_id: int, logprob: float) -> Json:
-    text = chat.decode([token_id])
-    # a token that is a piece of a character has no text of its own
-    whole_characters = "�" not in text
-    return {
-        "token": text,
-        "logprob": max(logprob, -9999.0),  # JSON has no infinity; OpenAI writes it so
-        "bytes": list(text.encode()) if whole_characters else None,
-    }
 
 
 def _event(body: Json) -> bytes:

@@ -19,21 +19,19 @@ _SHOWN_CHARS = 80
 
 
 def read_as(
-    shape: type[T] | object, malformed: type[HeedError], *, empty: bytes = b""
+    shape: TypeAdapter[T], malformed: type[HeedError], *, empty: bytes = b""
 ) -> Callable[[Request], Awaitable[T]]:
     """A dependency that reads the body as JSON of this shape.
 
     It raises BadRequest where the body is no JSON, and `malformed` where it is JSON of another shape. `empty` stands
     for a body that was left out.
     """
-    adapter: TypeAdapter[T] = TypeAdapter(shape)
-
     async def read(request: Request) -> T:
         body = await request.body()
         if body:
             _check_content_type(request.headers.get("content-type", ""))
         try:
-            return adapter.validate_json(body or empty)
+            return shape.validate_json(body or empty)
         except ValidationError as error:
             raise explain(error, malformed) from None
 

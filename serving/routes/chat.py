@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
+from pydantic import TypeAdapter
 from starlette.responses import JSONResponse, Response
 
 from serving.adapters import BadAdapter
@@ -22,7 +23,7 @@ from serving.swap import PinRefused
 
 router = APIRouter()
 
-ChatBody = Annotated[ChatIn, Depends(read_as(ChatIn, BadRequest))]
+ChatBody = Annotated[ChatIn, Depends(read_as(TypeAdapter(ChatIn), BadRequest))]
 
 
 @router.post("/v1/chat/completions", response_model=None)

@@ -6,6 +6,7 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
+from pydantic import TypeAdapter
 
 from feedback.board import Story, furthest
 from serving.errors import HeedError, Unprocessable
@@ -18,7 +19,8 @@ router = APIRouter()
 
 Json = dict[str, Any]
 
-_read = read_as(FeedbackIn, Unprocessable)
+_shape: TypeAdapter[Said] = TypeAdapter(FeedbackIn)
+_read = read_as(_shape, Unprocessable)
 
 
 async def _read_and_count(request: Request) -> Said:

@@ -15,7 +15,7 @@ const user = rememberedUser();
 let model = "default";
 let conversation = newConversation();
 let running = null; // the AbortController of the reply that is being spoken
-let prompts = [];
+let prompts = null; // null until the server has been asked
 
 /** A random name for this browser, so that a later thumb replaces an earlier one. */
 function rememberedUser() {
@@ -111,7 +111,7 @@ function beginAnew() {
 }
 
 function suggest() {
-  const chosen = [...prompts].sort(() => Math.random() - 0.5).slice(0, SUGGESTIONS);
+  const chosen = [...(prompts ?? [])].sort(() => Math.random() - 0.5).slice(0, SUGGESTIONS);
   by("suggestions").replaceChildren(...chosen.map(suggestion));
   by("prompts").hidden = chosen.length === 0;
 }
@@ -133,6 +133,7 @@ function suggestion(words) {
 }
 
 async function loadPrompts() {
+  prompts = [];
   const known = await call("/prompts.json").then((response) => response.json()).catch(() => []);
   prompts = Array.isArray(known) ? known.filter((one) => typeof one === "string") : [];
   suggest();
@@ -154,5 +155,8 @@ document.addEventListener("keydown", (event) => event.key === "Escape" && runnin
 by("new-chat").addEventListener("click", beginAnew);
 by("other-prompts").addEventListener("click", suggest);
 
-loadPrompts();
-watchPolicy((policy) => (model = policy.policy ?? model));
+watchPolicy((policy) => {
+  model = policy.policy ?? model;
+  // while the model is being loaded, the server does not know yet which prompts it knows
+  if (prompts === null && policy.speaking !== null) loadPrompts();
+});

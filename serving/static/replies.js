@@ -101,6 +101,7 @@ export class Reply {
     const body = { kind: "thumb", reply_id: this.id, value, user: this.user };
     const { id, status } = await (await postJson("/v1/feedback", body)).json();
     this.given = { id, value };
+    this.told = null;
     this.tell({ status });
     this.part(".story").scrollIntoView({ block: "nearest" });
     this.follow(id);
@@ -126,8 +127,10 @@ export class Reply {
     }
   }
 
-  /** Show how far a thumb has come. */
+  /** Show how far a thumb has come; nothing is touched, or read aloud, unless that has changed. */
   tell({ status, history = [] }) {
+    if (status === this.told) return;
+    this.told = status;
     const list = this.part(".story");
     list.hidden = false;
     list.replaceChildren();

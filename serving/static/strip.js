@@ -14,8 +14,10 @@ export async function watchPolicy(onPolicy) {
     if (!document.hidden) {
       try {
         const policy = await (await call("/v1/policy")).json();
-        show(policy, known);
-        known = policy.current ?? known;
+        const speaking = policy.speaking === undefined ? (policy.current ?? "v0") : policy.speaking;
+        show(policy, speaking);
+        if (known && speaking && known !== speaking) announce(speaking);
+        known = speaking ?? known;
         onPolicy(policy);
       } catch (error) {
         by("strip").classList.add("away");
@@ -26,16 +28,15 @@ export async function watchPolicy(onPolicy) {
   }
 }
 
-function show(policy, known) {
-  const current = policy.current ?? "v0";
+/** `speaking` is null while the model is being loaded. */
+function show(policy, speaking) {
   by("strip").classList.remove("away");
-  by("current").textContent = current;
-  by("current").title = current === "v0" ? "the base model, before any feedback" : `version ${current}`;
+  by("current").textContent = speaking ?? "loading…";
+  by("current").title = speaking === "v0" ? "the base model, before any feedback" : "";
   by("shipping").textContent = shipping(policy);
   by("counted").textContent = counted(policy.feedback).toLocaleString();
-  by("why").textContent = policy.why ?? "";
-  showLiked(policy.liked ?? {}, current);
-  if (known !== null && known !== current) announce(current);
+  by("why").textContent = policy.problem ?? policy.why ?? "";
+  showLiked(policy.liked ?? {}, speaking);
 }
 
 function shipping({ candidate, paused }) {
@@ -51,12 +52,12 @@ function counted(feedback) {
   return kinds.reduce((sum, [, value]) => sum + counted(value), 0);
 }
 
-function showLiked(liked, current) {
+function showLiked(liked, speaking) {
   const rated = Object.entries(liked).filter(([, one]) => typeof one?.share === "number");
   if (rated.length === 0) return;
   const rows = rated.sort(([a], [b]) => number(a) - number(b)).slice(-VERSIONS_SHOWN);
-  by("liked").replaceChildren(...rows.map(([version, one]) => likedRow(version, one, version === current)));
-  if (!liked[current]) by("liked").append(text("li", `${current} not rated yet`));
+  by("liked").replaceChildren(...rows.map(([version, one]) => likedRow(version, one, version === speaking)));
+  if (speaking && !liked[speaking]) by("liked").append(text("li", `${speaking} not rated yet`));
 }
 
 function likedRow(version, { share, count }, isCurrent) {

@@ -1,0 +1,40 @@
+"""Fixtures that several tests share: a tiny model on disk, and a server that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.served import Served
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base model as a Hugging Face directory, named random-llama."""
+    from tests.served import make_model  # here, because it loads torch, which most tests do not need
+
+    return make_model(tmp_path_factory.mktemp("models") / "random-llama")
+
+
+@pytest.fixture
+def serve_with(tmp_path: Path, model_folder: Path) -> Iterator[Callable[..., Served]]:
+    """Start a server with these settings, on a data folder of the test's own; all stop when the test ends."""
+    from tests.served import config_for, served
+
+    with ExitStack() as running:
+
+        def start(*, data: Path = tmp_path / "data", log: Any = lambda log: log, speaks: bool = True, **settings: Any):
+            return running.enter_context(served(config_for(data, model_folder, **settings), log=log, speaks=speaks))
+
+        yield start
+
+
+@pytest.fixture
+def server(serve_with: Callable[..., Served]) -> Served:
+    """A server as most tests want it."""
+    return serve_with()

@@ -1,0 +1,417 @@
+"""Chats over HTTP: what is answered, what is kept, and what happens when something is in the way."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from feedback.events import EXCHANGES
+from feedback.log import Log, LogUnavailable, Offset, Record
+from tests.served import MAX_LEN, Served
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def stream(server: Served, **more: Any) -> tuple[httpx.Headers, list[dict[str, Any]]]:
+    """The chunks of a streamed chat, without [DONE], which must be the last."""
+    body = {"model": "default", "messages": HELLO, "max_tokens": 6, "stream": True, **more}
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert answer.status_code == 200, answer.read()
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return answer.headers, [json.loads(line) for line in lines[:-1]]
+
+
+def text_of(chunks: list[dict[str, Any]], index: int = 0) -> str:
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+class BrokenLog:
+    """A real log whose disk is full from when `broken` is set: the one thing that cannot be made to happen here."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self.broken = threading.Event()
+
+    def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
+        if self.broken.is_set():
+            failed: Future[Offset] = Future()
+            failed.set_exception(LogUnavailable("No space left on device"))
+            return failed
+        return self._log.submit(topic, key, event)
+
+    def append(self, topic: str, key: str, event: str) -> Offset:
+        return self.submit(topic, key, event).result()
+
+    def read(self, topic: str, after: Offset, max_events: int) -> list[Record]:
+        return self._log.read(topic, after, max_events)
+
+    def end(self, topic: str) -> Offset:
+        return self._log.end(topic)
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def test_a_chat_is_answered_in_openais_shape_by_a_version_with_a_name(server: Served):
+    answer = server.chat()
+    body = answer.json()
+    assert answer.status_code == 200
+    assert answer.headers["x-heed-version"] == body["model"] == "default@v0"
+    assert (body["object"], len(body["choices"])) == ("chat.completion", 1)
+    assert body["choices"][0]["message"]["role"] == "assistant"
+    assert body["choices"][0]["finish_reason"] in ("length", "stop")
+    usage = body["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    heed = body["heed"]
+    assert (heed["version"], heed["kept"], heed["ask"], heed["turn"]) == ("v0", True, False, 0)
+
+
+def test_what_was_said_is_in_the_log_exactly_as_it_was(server: Served):
+    body = server.chat("héllo 🙂", user="ann", metadata={"page": "home"}, seed=7, temperature=0.8, stop=["zzz"]).json()
+    [kept] = server.exchanges()
+    assert kept.id == body["id"]
+    assert (kept.version, kept.policy, kept.base) == (0, "default", server.base.fingerprint)
+    assert kept.content.messages[0].content == "héllo 🙂"
+    assert kept.content.reply == body["choices"][0]["message"]["content"]
+    assert (kept.content.user, kept.content.metadata) == ("ann", {"page": "home"})
+    assert (kept.sampling.seed, kept.sampling.temperature, kept.sampling.stop) == (7, 0.8, ("zzz",))
+    assert len(kept.content.reply_ids) == len(kept.content.logprobs) == len(kept.content.raw_logprobs)
+    assert body["usage"]["prompt_tokens"] == len(kept.content.prompt_ids)
+    assert body["usage"]["completion_tokens"] == len(kept.content.reply_ids)
+    assert (kept.conversation, kept.turn) == (body["heed"]["conversation"], 0)
+
+
+def test_the_log_names_nobody_outside_an_events_content(server: Served):
+    server.chat("my secret", user="ann-the-first")
+    [record] = server.wiring.log.read(EXCHANGES, 0, 10)
+    event = json.loads(record.event)
+    del event["content"]
+    assert "ann-the-first" not in json.dumps(event)
+    assert "127.0.0.1" not in json.dumps(event)
+
+
+def test_every_choice_is_an_exchange_of_its_own(server: Served):
+    body = server.chat(n=3).json()
+    kept = {exchange.id: exchange for exchange in server.exchanges()}
+    assert set(kept) == {body["id"], f"{body['id']}:1", f"{body['id']}:2"}
+    for choice in body["choices"]:
+        name = body["id"] if choice["index"] == 0 else f"{body['id']}:{choice['index']}"
+        assert kept[name].content.reply == choice["message"]["content"]
+    assert body["usage"]["completion_tokens"] == sum(len(one.content.reply_ids) for one in kept.values())
+
+
+def test_choices_of_one_seed_differ_and_come_again(server: Served):
+    first, again = (server.chat(n=2, seed=11, max_tokens=12).json()["choices"] for _ in range(2))
+    assert [one["message"] for one in first] == [one["message"] for one in again]
+    assert first[0]["message"] != first[1]["message"]
+    assert server.chat(seed=11, max_tokens=12).json()["choices"][0]["message"] == first[0]["message"]
+
+
+def test_a_stream_tells_the_same_as_the_whole_answer(server: Served):
+    whole = server.chat(n=2, seed=3, max_tokens=20).json()
+    headers, chunks = stream(server, n=2, seed=3, max_tokens=20)
+    assert headers["x-heed-version"] == "default@v0"
+    assert headers["content-type"].startswith("text/event-stream")
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    for choice in whole["choices"]:
+        assert text_of(chunks, choice["index"]) == choice["message"]["content"]
+        own = [chunk for chunk in chunks if chunk["choices"] and chunk["choices"][0]["index"] == choice["index"]]
+        assert own[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert [chunk["choices"][0]["finish_reason"] for chunk in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+        assert own[-1]["heed"]["kept"] is True
+
+
+def test_usage_comes_last_and_only_when_asked_for(server: Served):
+    _, chunks = stream(server, stream_options={"include_usage": True}, n=2)
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == sum(len(one.content.reply_ids) for one in server.exchanges())
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert all("usage" not in chunk for chunk in stream(server)[1])
+
+
+def test_no_stream_ends_before_its_exchange_is_in_the_log(server: Served):
+    """When a client has the last chunk, the log has the exchange: read at that very moment, not after the response."""
+    body = {"model": "default", "messages": HELLO, "max_tokens": 4, "stream": True, "n": 2}
+    seen = 0
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if '"finish_reason":"' in line:
+                chunk = json.loads(line.removeprefix("data: "))
+                index = chunk["choices"][0]["index"]
+                assert (f"{chunk['id']}:{index}" if index else chunk["id"]) in {one.id for one in server.exchanges()}
+                seen += 1
+    assert seen == 2
+
+
+def test_logprobs_are_the_models_own_and_agree_with_what_is_kept(server: Served):
+    choice = server.chat(logprobs=True, top_logprobs=3, temperature=0.5, heed={"ignore_eos": True}).json()["choices"][0]
+    entries = choice["logprobs"]["content"]
+    [kept] = server.exchanges()
+    assert [entry["logprob"] for entry in entries] == pytest.approx(list(kept.content.raw_logprobs))
+    assert kept.content.raw_logprobs != pytest.approx(list(kept.content.logprobs))
+    for entry in entries:
+        likeliest = [other["logprob"] for other in entry["top_logprobs"]]
+        assert len(likeliest) == 3
+        assert likeliest == sorted(likeliest, reverse=True)
+        assert likeliest[0] >= entry["logprob"]
+    said = bytes(byte for entry in entries for byte in entry["bytes"])
+    assert said.decode(errors="replace") == choice["message"]["content"]
+
+
+def test_logprobs_of_a_stream_are_those_of_the_whole_answer(server: Served):
+    more = {"logprobs": True, "top_logprobs": 1, "seed": 5, "max_tokens": 10}
+    whole = server.chat(**more).json()["choices"][0]["logprobs"]["content"]
+    _, chunks = stream(server, **more)
+    told = [choice.get("logprobs") for chunk in chunks for choice in chunk["choices"]]
+    assert [entry for one in told if one for entry in one["content"]] == whole
+
+
+def test_a_stop_text_ends_the_reply_before_it(server: Served):
+    free = server.chat(seed=2, max_tokens=40).json()["choices"][0]["message"]["content"]
+    word = free[len(free) // 2 :][:2]
+    stopped = server.chat(seed=2, max_tokens=40, stop=word).json()["choices"][0]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["message"]["content"] == free[: free.index(word)]
+    assert text_of(stream(server, seed=2, max_tokens=40, stop=[word])[1]) == free[: free.index(word)]
+
+
+def test_top_p_0_and_top_k_1_are_greedy(server: Served):
+    greedy = server.chat(temperature=0).json()["choices"][0]["message"]
+    assert server.chat(top_p=0).json()["choices"][0]["message"] == greedy
+    assert server.chat(heed={"top_k": 1}).json()["choices"][0]["message"] == greedy
+    assert server.chat(heed={"min_p": 1.0}).json()["choices"][0]["message"] == greedy
+
+
+def test_without_a_limit_a_reply_may_fill_the_context_and_with_a_larger_one_too(server: Served):
+    for limit in ({"max_tokens": None}, {"max_completion_tokens": 10_000, "max_tokens": None}):
+        body = server.chat(heed={"ignore_eos": True}, **limit).json()
+        assert body["usage"]["total_tokens"] == MAX_LEN
+        assert body["choices"][0]["finish_reason"] == "length"
+
+
+def test_not_stored_is_served_and_never_kept(server: Served):
+    body = server.chat(store=False).json()
+    assert body["heed"]["kept"] is False
+    assert body["choices"][0]["message"]["content"]
+    assert server.exchanges() == []
+    refused = server.http.post("/v1/feedback", json={"kind": "thumb", "reply_id": body["id"], "value": "up"})
+    assert (refused.status_code, error_of(refused)["code"]) == (409, "not_stored")
+    assert server.http.get(f"/v1/replies/{body['id']}").status_code == 409
+
+
+def test_a_conversation_goes_on_when_the_prompt_does(server: Served):
+    first = server.chat("hello", user="ann").json()
+    messages = [*HELLO, first["choices"][0]["message"], {"role": "user", "content": "and?"}]
+    second = server.chat(messages=messages, user="ann").json()["heed"]
+    assert (second["conversation"], second["turn"]) == (first["heed"]["conversation"], 1)
+    assert server.chat(messages=messages, user="bob").json()["heed"]["conversation"] != second["conversation"]
+    assert server.chat("hello", user="ann").json()["heed"]["conversation"] != second["conversation"]
+
+
+def test_a_conversation_has_the_name_the_client_gives_it(server: Served):
+    first, second = (server.chat(text, metadata={"conversation": "c-1"}).json()["heed"] for text in ("one", "two"))
+    assert (first["conversation"], first["turn"]) == ("c-1", 0)
+    assert (second["conversation"], second["turn"]) == ("c-1", 1)
+    assert [one.turn for one in server.exchanges()] == [0, 1]
+
+
+def test_feedback_is_asked_of_the_share_that_is_set_and_only_of_what_is_kept(serve_with: Callable[..., Served]):
+    server = serve_with(ask_share=1.0)
+    assert server.chat().json()["heed"]["ask"] is True
+    assert server.exchanges()[0].ask is True
+    assert server.chat(store=False).json()["heed"]["ask"] is False
+
+
+def test_models_are_the_base_the_policy_and_what_is_loaded(server: Served):
+    version = server.publish()
+    listed = {entry["id"]: entry for entry in server.http.get("/v1/models").json()["data"]}
+    assert set(listed) == {"random-llama", "default", "default@v0", f"default@v{version}"}
+    assert listed["default"]["parent"] == f"default@v{version}"
+    assert listed[f"default@v{version}"]["parent"] == "default@v0"
+    assert {entry["root"] for entry in listed.values()} == {"random-llama"}
+    for name in listed:
+        assert server.http.get(f"/v1/models/{name}").json() == listed[name]
+    assert error_of(server.http.get("/v1/models/gpt-9"))["code"] == "model_not_found"
+
+
+def test_each_name_of_a_model_speaks_with_its_version(server: Served):
+    version = server.publish()
+    for name, spoke in [
+        ("default", version), (f"default@v{version}", version), ("default@v0", 0), ("random-llama", 0)
+    ]:  # fmt: skip
+        assert server.chat(model=name).json()["model"] == f"default@v{spoke}"
+
+
+@pytest.mark.parametrize("name", ["gpt-4", "default@v9", "default@v", "default@v01", "default@3", "other@v0", "default "])
+def test_an_unknown_model_is_404_and_says_which_there_are(server: Served, name: str):
+    answer = server.chat(model=name)
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert "default" in error["message"] or "v0" in error["message"]
+
+
+def test_a_version_nobody_approved_cannot_be_pinned(server: Served):
+    version = server.publish(promote=False)
+    answer = server.chat(model=f"default@v{version}")
+    assert answer.status_code == 404
+    assert "promoted" in error_of(answer)["message"]
+
+
+def test_a_stream_keeps_its_version_through_a_swap(server: Served):
+    """12 talkers, swaps all the while: nothing refused, one version a reply, all choices of a completion alike."""
+    stop = threading.Event()
+
+    def talk() -> list[tuple[int, int, str]]:
+        seen = []
+        while not stop.is_set():
+            answer = server.chat(n=2, max_tokens=20, heed={"ignore_eos": True})
+            body = answer.json()
+            seen.append((answer.status_code, len(body["choices"]), body["model"]))
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        talkers = [pool.submit(talk) for _ in range(4)]
+        versions = [server.publish(seed) for seed in range(1, 5)]
+        stop.set()
+        seen = [one for talker in talkers for one in talker.result()]
+    assert {(status, count) for status, count, _ in seen} == {(200, 2)}
+    by_completion: dict[str, set[int]] = {}
+    for kept in server.exchanges():
+        by_completion.setdefault(kept.id.partition(":")[0], set()).add(kept.version)
+    assert len(by_completion) == len(seen)
+    assert {len(of) for of in by_completion.values()} == {1}
+    assert server.metric("heed_swaps_total", outcome="activated") >= len(versions)
+
+
+def test_a_client_that_leaves_frees_its_row_and_what_was_said_is_kept(server: Served):
+    body = {"model": "default", "messages": HELLO, "stream": True, "heed": {"ignore_eos": True}, "n": 4}
+    with httpx.Client(base_url=server.url) as http, http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())
+    speaker = server.wiring.speaker
+    assert speaker is not None
+    server.until(lambda: speaker.engine.stats().running == 0)
+    server.until(lambda: len(server.exchanges()) == 4)
+    assert {one.finish_reason for one in server.exchanges()} == {"abort"}
+    assert all(0 < len(one.content.reply_ids) < MAX_LEN - 10 for one in server.exchanges())
+
+
+def test_a_client_that_leaves_before_the_answer_frees_its_row(server: Served):
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json={"model": "default", "messages": HELLO, "heed": {"ignore_eos": True}, "n": 16},
+            timeout=0.05,
+        )
+    speaker = server.wiring.speaker
+    assert speaker is not None
+    server.until(lambda: speaker.engine.stats().running + speaker.engine.stats().waiting == 0)
+    assert server.chat().status_code == 200
+
+
+def test_a_full_queue_is_429_and_says_when_to_come_again(serve_with: Callable[..., Served]):
+    server = serve_with(max_rows=1, max_waiting=2)
+    answer = server.chat(n=16, heed={"ignore_eos": True}, max_tokens=100)
+    assert (answer.status_code, error_of(answer)["code"]) == (429, "queue_full")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert server.chat().status_code == 200
+
+
+def test_a_prompt_that_is_too_long_is_told_in_numbers(server: Served):
+    answer = server.chat("x" * 500)
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+    assert "503" in error["message"]
+    assert str(MAX_LEN) in error["message"]
+    room = MAX_LEN - 1 - (len(server.exchanges()) or 3)
+    assert server.chat("x" * room, max_tokens=5).json()["usage"]["completion_tokens"] == 1
+
+
+def test_a_reply_that_takes_too_long_is_cut_off(serve_with: Callable[..., Served]):
+    server = serve_with(request_timeout_s=0.1)
+    answers = [server.chat(n=16, max_tokens=180, heed={"ignore_eos": True}) for _ in range(2)]
+    for answer in answers:
+        if answer.status_code == 503:
+            assert error_of(answer)["code"] == "timeout"
+        else:
+            assert {choice["finish_reason"] for choice in answer.json()["choices"]} == {"length"}
+    assert any(one.finish_reason == "abort" for one in server.exchanges())
+
+
+def test_when_the_log_is_full_replies_go_on_and_say_that_they_are_not_kept(serve_with: Callable[..., Served]):
+    logs: list[BrokenLog] = []
+
+    def breakable(log: Log) -> BrokenLog:
+        logs.append(BrokenLog(log))
+        return logs[0]
+
+    server = serve_with(log=breakable)
+    logs[0].broken.set()
+    assert server.chat().json()["heed"]["kept"] is False
+    _, chunks = stream(server)
+    assert chunks[-1]["heed"]["kept"] is False
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert server.metric("heed_exchanges_total", outcome="dropped") == 2
+    logs[0].broken.clear()
+    assert server.chat().json()["heed"]["kept"] is True
+
+
+def test_while_the_model_is_loading_chats_are_told_to_come_again(serve_with: Callable[..., Served]):
+    server = serve_with(speaks=False)
+    answer = server.chat()
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "loaded" in error_of(answer)["message"]
+
+
+@pytest.fixture(scope="module")
+def post(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Iterator[Callable[..., httpx.Response]]:
+    """POST /v1/chat/completions of a server without a model: enough for what is refused before it is asked."""
+    from tests.served import config_for, served
+
+    with served(config_for(tmp_path_factory.mktemp("data"), model_folder), speaks=False) as server:
+        yield lambda **request: server.http.post("/v1/chat/completions", **request)
+
+
+def test_malformed_chats_are_400_in_openais_shape(post: Callable[..., httpx.Response]):
+    answer = post(json={"model": "default", "messages": HELLO, "tools": [{}]})
+    error = error_of(answer)
+    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", "tools")
+    broken = post(content=b"{", headers={"content-type": "application/json"})
+    assert (broken.status_code, error_of(broken)["code"]) == (400, "invalid_json")
+    plain = post(content=json.dumps({"model": "default", "messages": HELLO}).encode())
+    assert (plain.status_code, error_of(plain)["code"]) == (400, "invalid_content_type")
+    assert post().status_code == 400
+
+
+def test_a_body_that_is_too_large_is_413_announced_or_not(post: Callable[..., httpx.Response]):
+    large = json.dumps({"model": "default", "messages": [{"role": "user", "content": "x" * (5 << 20)}]}).encode()
+    json_type = {"content-type": "application/json"}
+    announced = post(content=large, headers=json_type)
+    assert (announced.status_code, error_of(announced)["code"]) == (413, "request_too_large")
+    in_pieces = post(content=(large[i : i + 65536] for i in range(0, len(large), 65536)), headers=json_type)
+    assert in_pieces.status_code == 413
+
+
+def test_messages_the_template_refuses_are_a_bad_request(server: Served):
+    template = "{{ raise_exception('roles must alternate') }}"
+    speaker = server.wiring.speaker
+    assert speaker is not None
+    speaker.chat.template = template
+    answer = server.chat()
+    assert answer.status_code == 400
+    assert "roles must alternate" in error_of(answer)["message"]

@@ -1,0 +1,354 @@
+"""The `heed` command as its users meet it: help, settings, faults in one line, adapters by hand, and checks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from deploy.door import EXPECTED, exit_code_of, settings
+from deploy.versions import base_of, number, store_of
+from feedback.config import SettingError
+from learner.config import LearnerConfig
+from serving.adapters import AdapterStore, BadAdapter, Base
+from serving.lora import AdapterWeights
+
+COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "pretrain", "check")
+ADAPTERS = ("list", "show", "promote", "rollback", "verify", "import")
+
+
+def heed(*arguments: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a folder, with no HEED_* variable but these."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("HEED_")}
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**environ, "COLUMNS": "160", **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers that knows 32 words, as a model directory."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, eos_token_id=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(32)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w1").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
+    monkeypatch.chdir(tmp_path)
+    return base_of(settings(model=str(tiny)))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "heed-data" / "adapters", "default")
+
+
+def weights(base: Base, seed: int = 0) -> AdapterWeights:
+    draw = torch.Generator().manual_seed(seed)
+    return AdapterWeights(
+        rank=2,
+        scaling=1.0,
+        tensors={
+            path: (torch.randn(2, inputs, generator=draw) * 0.1, torch.randn(outputs, 2, generator=draw) * 0.1)
+            for path, (inputs, outputs) in base.targets.items()
+        },
+    )
+
+
+# help
+
+
+def test_help_names_every_command_and_comes_at_once(tmp_path: Path):
+    heed("--help", cwd=tmp_path)  # once, so that bytecode is there
+    started = time.monotonic()
+    done = heed("--help", cwd=tmp_path)
+    assert time.monotonic() - started < 2.0  # 0.4 s on an idle machine
+    assert done.returncode == 0
+    assert all(f"│ {command} " in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), *(("adapters", name) for name in ADAPTERS)])
+def test_every_command_explains_itself(command: tuple[str, ...], tmp_path: Path):
+    done = heed(*command, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"heed {' '.join(command)}".replace("heed ", "", 1) in done.stdout
+
+
+def test_version(tmp_path: Path):
+    assert heed("--version", cwd=tmp_path).stdout.startswith("heed 0.")
+
+
+# settings
+
+
+def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("HEED_")]:
+        monkeypatch.delenv(name)
+    assert settings().serving.port == 8000
+    (tmp_path / "heed.toml").write_text("port = 8001\n")
+    assert settings().serving.port == 8001
+    monkeypatch.setenv("HEED_PORT", "8002")
+    assert settings().serving.port == 8002
+    assert settings(port=8003).serving.port == 8003
+    assert settings(port=None).serving.port == 8002
+
+
+@pytest.mark.parametrize(
+    "command", ["up", "serve", "learn", "check", "simulate", "chat", pytest.param("adapters list", id="adapters")]
+)
+def test_a_wrong_setting_is_refused_at_the_start_by_name(command: str, tmp_path: Path):
+    done = heed(*command.split(), cwd=tmp_path, HEED_PORT="many")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "HEED_PORT=many: must be a whole number from 0 to 65535" in done.stderr
+    assert not (tmp_path / "heed-data").exists()
+
+
+@pytest.mark.parametrize("flag", ["--port=99999", "--port=many"])
+def test_a_wrong_flag_is_refused_by_name(flag: str, tmp_path: Path):
+    done = heed("serve", flag, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--port" in done.stderr
+
+
+def test_an_unknown_key_of_the_file_is_refused_with_the_nearest_name(tmp_path: Path):
+    (tmp_path / "heed.toml").write_text("prot = 8001\n")
+    done = heed("adapters", "list", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "heed: heed.toml: prot: is not a setting of Heed; did you mean port?"
+
+
+def test_an_unknown_variable_is_a_warning_with_the_nearest_name(tmp_path: Path):
+    done = heed("adapters", "list", cwd=tmp_path, HEED_PROT="8001")
+    assert done.returncode == 0
+    assert done.stderr.strip() == "heed: HEED_PROT is not a setting of Heed and is ignored; did you mean HEED_PORT?"
+
+
+@pytest.mark.parametrize("variable", ["HEED_KAFKA_BOOTSTRAP", "HEED_REDIS_URL", "HEED_API_KEYS_FILE"])
+def test_a_setting_whose_feature_is_not_built_is_refused(variable: str, tmp_path: Path):
+    done = heed("serve", cwd=tmp_path, **{variable: "somewhere"})
+    assert done.returncode == 2
+    assert variable in done.stderr
+    assert "not built yet" in done.stderr
+
+
+# faults
+
+
+def test_expected_faults_are_classes_that_exist():
+    for name in EXPECTED:
+        module, _, kind = name.rpartition(".")
+        assert issubclass(getattr(importlib.import_module(module), kind), Exception), name
+
+
+def test_an_expected_fault_has_an_exit_code_and_a_defect_has_none():
+    class Special(SettingError):
+        pass
+
+    assert exit_code_of(SettingError("HEED_PORT", "x", "a number")) == 2
+    assert exit_code_of(Special("HEED_PORT", "x", "a number")) == 2
+    assert exit_code_of(ZeroDivisionError()) is None
+
+
+@pytest.mark.parametrize("command", ["serve", "learn", "up"])
+def test_a_missing_model_is_one_line(command: str, tmp_path: Path):
+    done = heed(command, "--model", tmp_path / "nowhere", cwd=tmp_path, HEED_PORT="0", HEED_LEARNER_METRICS_PORT="0")
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "nowhere" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("simulate", "--url", "http://127.0.0.1:9"), "cannot be reached"),
+        (("chat", "--url", "http://127.0.0.1:9"), "cannot be reached"),
+        (("simulate", "--rater", "?"), "known are short, long"),
+        (("adapters", "show", "v7"), "v7: no such version"),
+        (("adapters", "show", "latest"), "'latest' is no version: write it as v3 or 3"),
+        (("adapters", "promote", "v7"), "v7: no such version"),
+        (("adapters", "rollback"), "nothing to roll back to"),
+        (("pretrain", "--out", "model", "--corpus", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_a_fault_is_one_line_on_standard_error(arguments: tuple[str, ...], words: str, tmp_path: Path, tiny: Path):
+    done = heed(*arguments, cwd=tmp_path, HEED_MODEL=str(tiny))
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.startswith("heed: ")
+    assert "Traceback" not in done.stderr
+
+
+# adapters
+
+
+@pytest.mark.parametrize(("text", "version"), [("3", 3), ("v3", 3), ("default@v12", 12), ("v0", 0)])
+def test_a_version_may_be_written_in_every_way_in_which_it_is_shown(text: str, version: int):
+    assert number(text) == version
+
+
+@pytest.mark.parametrize("text", ["", "v", "three", "v-1", "3.5"])
+def test_what_is_no_version_is_refused(text: str):
+    with pytest.raises(BadAdapter):
+        number(text)
+
+
+def test_adapters_are_listed_shown_promoted_and_rolled_back_without_a_server(
+    base: Base, store: AdapterStore, tiny: Path, tmp_path: Path
+):
+    def run(*arguments: str) -> str:
+        done = heed("adapters", *arguments, cwd=tmp_path, HEED_MODEL=str(tiny))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "No versions yet" in run("list")
+    assert store.publish(weights(base), parent=0, base=base, feedback={"count": 120}, gate={"passed": True}) == 1
+    assert store.publish(weights(base, 1), parent=1, base=base, gate={"passed": False}) == 2
+    assert run("promote", "v1").strip() == "default serves v1 (before: v0)"
+    assert run("promote", "2", "--reason", "a friend asked").strip() == "default serves v2 (before: v1)"
+
+    listed = json.loads(run("list", "--json"))
+    assert listed["current"] == "v2"
+    assert [row["version"] for row in listed["versions"]] == ["v1", "v2"]
+    assert listed["versions"][0] | {"created": 0} == {
+        "version": "v1",
+        "roles": ["last good", "approved"],
+        "parent": "v0",
+        "created": 0,
+        "feedback": 120,
+        "gate": True,
+        "imported_from": None,
+    }
+    table = run("list")
+    assert "serves v2" in table
+    assert "passed" in table
+    assert "refused" in table
+
+    shown = json.loads(run("show", "v2"))
+    assert shown["parent"] == 1
+    assert shown["roles"] == ["current", "approved"]
+    assert shown["changes"][0]["reason"] == "a friend asked"
+    assert shown["changes"][0]["by"] == "operator"
+
+    assert run("rollback").strip() == "default serves v1 (rolled back from v2)"
+    assert run("promote", "v0").strip() == "default serves v0 (before: v1)"
+    assert store.release().current == 0
+
+
+def test_a_version_that_does_not_fit_is_neither_verified_nor_promoted(
+    base: Base, store: AdapterStore, tiny: Path, tmp_path: Path
+):
+    store.publish(weights(base), parent=0, base=base)
+    store.publish(weights(base, 1), parent=0, base=base)
+    (store.folder / "v000002" / "adapter_model.safetensors").write_bytes(b"torn")
+    good = heed("adapters", "verify", "v1", cwd=tmp_path, HEED_MODEL=str(tiny))
+    assert (good.returncode, good.stdout.strip()) == (0, "v1: whole, and fits the base")
+    both = heed("adapters", "verify", "--json", cwd=tmp_path, HEED_MODEL=str(tiny))
+    assert both.returncode == 1
+    assert json.loads(both.stdout)["v1"] == ""
+    assert "digest" in json.loads(both.stdout)["v2"]
+    promoted = heed("adapters", "promote", "v2", cwd=tmp_path, HEED_MODEL=str(tiny))
+    assert promoted.returncode == 1
+    assert store.release().current == 0
+
+
+def test_an_adapter_from_elsewhere_becomes_the_next_version_and_is_served_to_nobody(
+    base: Base, store: AdapterStore, tiny: Path, tmp_path: Path
+):
+    elsewhere = AdapterStore(tmp_path / "elsewhere", "other")
+    elsewhere.publish(weights(base), parent=0, base=base)
+    folder = elsewhere.folder / "v000001"
+    done = heed("adapters", "import", folder, cwd=tmp_path, HEED_MODEL=str(tiny))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "imported as v1; to serve it: heed adapters promote v1"
+    assert store.manifest(1).imported_from == str(folder)
+    assert store.release().current == 0
+    assert store.release().approved == ()
+
+    wrong = heed("adapters", "import", tmp_path / "nothing-here", cwd=tmp_path, HEED_MODEL=str(tiny))
+    assert wrong.returncode == 1
+    assert "nothing-here" in wrong.stderr
+
+
+# check
+
+
+def checked(tmp_path: Path, tiny: Path, **variables: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    ports = {"HEED_PORT": "9", "HEED_LEARNER_METRICS_PORT": "9"}
+    done = heed("check", "--json", cwd=tmp_path, **{"HEED_MODEL": str(tiny), **ports, **variables})
+    assert not done.stderr
+    return done.returncode, {found["name"]: (found["verdict"], found["says"]) for found in json.loads(done.stdout)}
+
+
+def test_check_is_content_with_a_fresh_folder_and_says_that_nothing_runs(tmp_path: Path, tiny: Path):
+    code, found = checked(tmp_path, tiny)
+    assert code == 0
+    assert {name for name, (verdict, _) in found.items() if verdict == "warn"} - {"disk"} == {"server", "learner"}
+    assert {"data", "disk", "log", "clock", "model", "device", "adapters"} <= set(found)
+    assert not (tmp_path / "heed-data").exists()  # looking leaves nothing behind
+
+
+def broken_model(tmp_path: Path) -> dict[str, str]:
+    return {"HEED_MODEL": str(tmp_path / "nowhere")}
+
+
+def data_is_a_file(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "file").write_text("")
+    return {"HEED_DATA": str(tmp_path / "file")}
+
+
+def damaged_log(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "heed-data" / "log").mkdir(parents=True)
+    (tmp_path / "heed-data" / "log" / "heed.feedback.db").write_bytes(b"no database" * 1000)
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("breaking", "name"), [(broken_model, "model"), (data_is_a_file, "data"), (damaged_log, "log")]
+)
+def test_check_fails_on_what_is_broken(
+    breaking: Callable[[Path], dict[str, str]], name: str, tmp_path: Path, tiny: Path
+):
+    code, found = checked(tmp_path, tiny, **breaking(tmp_path))
+    assert code == 1
+    assert found[name][0] == "fail"
+
+
+def test_check_names_a_torn_version(base: Base, store: AdapterStore, tiny: Path, tmp_path: Path):
+    store.publish(weights(base), parent=0, base=base)
+    (store.folder / "v000001" / "adapter_model.safetensors").write_bytes(b"torn")
+    code, found = checked(tmp_path, tiny)
+    assert code == 1
+    assert found["adapters"][0] == "fail"
+    assert "v1" in found["adapters"][1]
+
+
+def test_the_store_of_the_settings_is_where_they_say(tmp_path: Path):
+    config = LearnerConfig.model_validate({"serving": {"adapters": tmp_path / "shared"}})
+    assert store_of(config).folder == tmp_path / "shared" / "default"

@@ -1,0 +1,613 @@
+"""The learner's loop, with real log, board, store and state, and a trainer that hands out ready-made adapters."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from feedback.board import SqliteBoard, Story, furthest
+from feedback.config import FeedbackConfig
+from feedback.events import EXCHANGES, FEEDBACK, RELEASES, Exchange, Feedback, Release, Retraction
+from feedback.log import LogUnavailable
+from feedback.sqlite_log import SqliteLog
+from learner import checkpoint
+from learner.config import LearnerConfig
+from learner.ledger import Ledger
+from learner.loop import Learner
+from learner.metrics import LearnerMetrics
+from learner.release import Releaser
+from learner.state import Judgement, State
+from serving.adapters import AdapterStore, Base
+from serving.config import ServingConfig
+from serving.lora import AdapterWeights
+from tests.told import BASE, NOW, exchange, feedback, retraction
+
+TARGETS = {"layer.0": (4, 3), "layer.1": (3, 4)}
+
+
+class Killed(BaseException):
+    """Stands for kill -9 in one process: nothing after it runs, but what was written stays."""
+
+
+@dataclass
+class Check:
+    name: str
+    verdict: str
+    value: float
+    bound: float
+    sentence: str
+
+
+@dataclass
+class Gate:
+    passed: bool
+    checks: list[Check]
+
+
+@dataclass
+class Candidate:
+    weights: AdapterWeights
+    report: dict[str, object]
+    gate: Gate
+
+
+@dataclass
+class ReadyMade:
+    """A trainer whose gate says what the test wants."""
+
+    base: Base = field(default_factory=lambda: Base(BASE, TARGETS))
+    passes: bool = True
+    during: Callable[[], None] = lambda: None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    restored: dict[str, Any] | None = None
+
+    def learn(
+        self,
+        judgements: Sequence[Judgement],
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        parent: AdapterWeights | None,
+        seed: int,
+        progress: Callable[[str, float], None],
+    ) -> Candidate:
+        self.calls.append({"judgements": judgements, "prompts": prompts, "parent": parent, "seed": seed})
+        for phase in ("reward", "rollouts", "ppo", "rollouts", "ppo", "gate"):
+            progress(phase, 0.5)
+            if phase == "ppo":
+                self.during()
+        rng = torch.Generator().manual_seed(seed)
+        tensors = {
+            path: (torch.randn(2, inputs, generator=rng), torch.randn(outputs, 2, generator=rng))
+            for path, (inputs, outputs) in TARGETS.items()
+        }
+        verdict = "pass" if self.passes else "fail"
+        checks = [
+            Check("reward_model", verdict, 0.47, 0.5, "reward model knows too little: AUROC lower bound 0.47 ≤ 0.50.")
+        ]
+        report: dict[str, object] = {"reward": {"auroc": 0.6, "nll": float("nan")}, "seconds": {"ppo": 1.5}}
+        return Candidate(AdapterWeights(2, 1.0, tensors), report, Gate(self.passes, checks))
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {"value": torch.ones(2) * len(self.calls)}, {"beta": 0.05}
+
+    def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        self.restored = {"tensors": tensors, "meta": meta}
+
+
+class World:
+    """One data folder, with a server's hands on it, and learners that come and go."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.now = NOW
+        self.folder = folder
+        feedback_config = FeedbackConfig(data=folder, join_wait_s=settings.pop("join_wait_s", 1000))
+        self.config = LearnerConfig(
+            serving=ServingConfig(feedback=feedback_config),
+            **{"update_min_feedback": 4, "update_interval_s": 100, **settings},
+        )
+        self.server_log = SqliteLog(folder / "log", [EXCHANGES, FEEDBACK])
+        self.server_board = SqliteBoard(folder / "board" / "server.db", folder / "board" / "learner.db")
+        self.store = AdapterStore(folder / "adapters", "default")
+        self.trainer = ReadyMade()
+        self.metrics = LearnerMetrics()
+        self.said = 0
+        self.open: list[Any] = []
+        self.learner = self.new_learner()
+
+    def new_learner(self) -> Learner:
+        """Another process takes over: everything is opened anew."""
+        self.close_learner()
+        self.log = SqliteLog(self.folder / "log", [RELEASES])
+        self.board = SqliteBoard(self.folder / "board" / "learner.db", self.folder / "board" / "server.db")
+        self.state = State(self.config.folder / "state.db", policy="default", base=self.trainer.base.fingerprint)
+        self.open = [self.log, self.board, self.state]
+        self.learner = Learner(
+            self.config,
+            log=self.log,
+            board=self.board,
+            store=self.store,
+            state=self.state,
+            trainer=self.trainer,  # type: ignore[arg-type]
+            metrics=self.metrics,
+            stopping=threading.Event(),
+            clock=lambda: self.now,
+        )
+        return self.learner
+
+    def close_learner(self) -> None:
+        for thing in self.open:
+            thing.close()
+        self.open = []
+
+    def close(self) -> None:
+        self.close_learner()
+        self.server_log.close()
+        self.server_board.close()
+
+    def tell(self, *events: Exchange | Feedback | Retraction) -> None:
+        for event in events:
+            self.server_log.append(EXCHANGES if isinstance(event, Exchange) else FEEDBACK, "key", event.to_json())
+
+    def thumbs(self, count: int, version: int = 0, base: str = BASE) -> None:
+        """So many replies, each with a thumb."""
+        for _ in range(count):
+            self.said += 1
+            ids = (1, 2, self.said)
+            self.tell(
+                exchange(f"r{self.said}", version=version, base=base, prompt_ids=ids, at=self.now),
+                feedback(f"f{self.said}", f"r{self.said}", value=self.said % 2, user=f"u{self.said % 3}", at=self.now),
+            )
+
+    def run(self) -> None:
+        self.learner.run(until_idle=True)
+
+    def report(self) -> dict[str, Any]:
+        """As the server reads it for GET /v1/policy."""
+        self.learner.report()
+        report = self.server_board.report("policy")
+        assert report is not None
+        parsed: dict[str, Any] = json.loads(report)
+        return parsed
+
+    def story(self, feedback_id: str) -> list[Story]:
+        return self.server_board.story(feedback_id)
+
+    def steps(self, feedback_id: str) -> list[str]:
+        return [step.status for step in self.story(feedback_id)]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def made(**settings: Any) -> World:
+        worlds.append(World(tmp_path / f"data{len(worlds)}", **settings))
+        return worlds[-1]
+
+    yield made
+    for world in worlds:
+        world.close()
+
+
+@pytest.fixture
+def world(make: Callable[..., World]) -> World:
+    return make()
+
+
+def test_without_feedback_nothing_happens_and_the_report_says_so(world: World):
+    world.run()
+    assert world.trainer.calls == []
+    report = world.report()
+    assert report["why"] == "no feedback yet"
+    assert report["last_update"] is None
+    assert report["seen_at"] == NOW
+
+
+def test_enough_thumbs_become_a_version_that_is_served(world: World):
+    world.thumbs(3)
+    world.run()
+    assert world.trainer.calls == []
+    assert world.report()["why"] == "3 of the 4 new judgements that start an update"
+
+    world.thumbs(1)
+    world.run()
+    [call] = world.trainer.calls
+    assert [judgement.feedback_id for judgement in call["judgements"]] == ["f1", "f2", "f3", "f4"]
+    assert sorted(call["prompts"]) == [(1, 2, 1), (1, 2, 2), (1, 2, 3), (1, 2, 4)]
+    assert call["parent"] is None
+    release = world.store.release()
+    assert (release.current, release.approved) == (1, (1,))
+    assert release.changes[-1].by == "learner"
+    manifest = world.store.manifest(1)
+    assert (manifest.parent, manifest.update["number"]) == (0, 1)
+    assert manifest.feedback == {"count": 4, "offsets": {EXCHANGES: 4, FEEDBACK: 4}}
+    assert manifest.gate["passed"] is True
+    assert world.steps("f1") == ["joined", "in_reward_model", "in_update", "in_version"]
+    in_version = world.story("f1")[-1]
+    assert (in_version.update, in_version.version) == (1, 1)
+    saved = checkpoint.load(world.config.folder / "checkpoints")
+    assert saved is not None
+    assert saved.meta["trainer"] == {"beta": 0.05}
+    report = world.report()
+    assert report["why"] is None
+    assert report["last_update"]["version"] == "v1"
+    assert report["last_update"]["report"]["reward"] == {"auroc": 0.6, "nll": None}
+    assert report["gate"]["checks"][0]["verdict"] == "pass"
+    assert report["feedback"]["by_kind"] == {"thumb": 4}
+    assert report["liked"] == {"v0": {"share": 0.5, "count": 4}}
+
+
+def test_the_next_update_begins_from_what_is_served_and_learns_from_everything(world: World):
+    world.thumbs(4)
+    world.run()
+    world.thumbs(4, version=1)
+    world.run()
+    first, second = world.trainer.calls
+    assert len(second["judgements"]) == 8
+    assert torch.equal(second["parent"].tensors["layer.0"][0], world.store.load(1, None).tensors["layer.0"][0])
+    assert first["seed"] != second["seed"]
+    assert world.store.manifest(2).parent == 1
+    assert [step.version for step in world.story("f1") if step.status == "in_version"] == [1]
+    assert [step.version for step in world.story("f8") if step.status == "in_version"] == [2]
+
+
+def test_after_the_interval_fewer_are_enough_but_never_none(make: Callable[..., World]):
+    world = make(update_min_feedback=50)
+    world.thumbs(20)
+    world.run()
+    assert world.trainer.calls == []
+    world.now += 100
+    world.run()
+    assert len(world.trainer.calls) == 1
+    world.now += 1000
+    world.run()
+    world.thumbs(19)
+    world.run()
+    assert len(world.trainer.calls) == 1
+    assert world.report()["why"] == "19 of the 20 new judgements that start an update"
+    world.thumbs(1)
+    world.run()
+    assert len(world.trainer.calls) == 2
+
+
+def test_an_update_by_hand_needs_only_something_to_learn_from(world: World):
+    world.server_board.ask_update(world.now)
+    world.run()
+    assert world.trainer.calls == []
+    world.now += 1
+    world.thumbs(1)
+    world.run()
+    assert len(world.trainer.calls) == 1
+    world.run()
+    assert len(world.trainer.calls) == 1
+    world.now += 1
+    world.server_board.ask_update(world.now)
+    world.now += 1
+    world.run()
+    assert len(world.trainer.calls) == 2
+
+
+def test_a_gate_that_says_no_ships_nothing_and_says_why(world: World):
+    world.trainer.passes = False
+    world.thumbs(4)
+    world.run()
+    world.run()
+    assert len(world.trainer.calls) == 1
+    assert world.store.versions() == []
+    assert world.store.release() == Release()
+    assert world.steps("f1") == ["joined", "in_reward_model", "in_update"]
+    assert world.report()["why"] == (
+        "the gate said no to update 1: reward model knows too little: AUROC lower bound 0.47 ≤ 0.50."
+        " 0 of the 4 new judgements that start an update"
+    )
+    world.trainer.passes = True
+    world.thumbs(4)
+    world.run()
+    assert world.store.release().current == 1
+    assert [(step.status, step.update) for step in world.story("f1")][-2:] == [("in_update", 1), ("in_version", 2)]
+
+
+def test_while_paused_it_listens_and_starts_nothing(world: World):
+    world.store.change("pause", "operator", reason="holidays")
+    world.thumbs(4)
+    world.server_board.ask_update(world.now)
+    world.run()
+    assert world.trainer.calls == []
+    assert world.steps("f4") == ["joined"]
+    assert world.report()["why"].startswith("paused by operator (holidays)")
+    world.store.change("resume", "operator")
+    world.run()
+    assert world.store.release().current == 1
+
+
+def test_a_pause_during_an_update_holds_its_version_back(world: World):
+    world.trainer.during = lambda: world.store.change("pause", "operator") and None
+    world.thumbs(4)
+    world.run()
+    world.run()
+    assert world.store.versions() == [1]
+    assert world.store.release().current == 0
+    assert "in_version" not in world.steps("f1")
+    world.new_learner()
+    world.run()
+    assert world.store.release().current == 0
+    world.store.change("resume", "operator")
+    world.run()
+    assert world.store.release().current == 1
+    assert len(world.trainer.calls) == 1
+    assert world.steps("f1")[-1] == "in_version"
+
+
+def test_a_release_changed_by_hand_during_an_update_keeps_what_the_hand_chose(world: World):
+    world.thumbs(4)
+    world.run()
+    rolled_back = iter([True])
+    world.trainer.during = lambda: next(rolled_back, None) and world.store.change("rollback", "operator") and None
+    world.thumbs(4)
+    world.run()
+    # v2 began from v1, which was taken back: it is passed over, and its feedback begins anew from the base
+    assert [call["parent"] is None for call in world.trainer.calls] == [True, False, True]
+    assert world.store.versions() == [1, 2, 3]
+    assert world.store.release().current == 3
+    assert [change.current for change in world.store.release().changes] == [1, 0, 3]
+    assert [(step.status, step.version) for step in world.story("f8")][-1] == ("in_version", 3)
+
+
+def test_a_trainer_that_breaks_ends_the_update_and_not_the_learner(world: World, caplog: pytest.LogCaptureFixture):
+    def broken() -> None:
+        raise RuntimeError("a matrix fell over")
+
+    world.trainer.during = broken
+    world.thumbs(4)
+    with caplog.at_level(logging.ERROR):
+        world.run()
+        world.run()
+    assert len(world.trainer.calls) == 1
+    assert "a matrix fell over" in caplog.text
+    assert world.report()["why"].startswith("update 1 failed")
+    world.trainer.during = lambda: None
+    world.thumbs(4)
+    world.run()
+    assert world.store.release().current == 1
+
+
+def test_a_stop_during_an_update_is_prompt_and_the_update_runs_again(world: World):
+    def stop() -> None:
+        world.learner.stopping.set()
+
+    world.trainer.during = stop
+    world.thumbs(4)
+    world.run()
+    assert world.store.versions() == []
+    world.trainer.during = lambda: None
+    world.new_learner()
+    world.run()
+    assert len(world.trainer.calls) == 2
+    assert world.store.manifest(1).update["number"] == 1
+    assert world.store.release().current == 1
+
+
+def test_feedback_that_comes_during_an_update_is_heard_and_left_for_the_next(world: World):
+    def later() -> None:
+        world.now += 2
+        if world.said < 6:
+            world.thumbs(1)
+
+    world.trainer.during = later
+    world.thumbs(4)
+    seen: list[str] = []
+    progress = world.learner.progress
+
+    def watched(phase: str, fraction: float) -> None:
+        progress(phase, fraction)
+        seen.append(json.loads(world.server_board.report("policy") or "{}")["why"])
+
+    world.learner.progress = watched  # type: ignore[method-assign]
+    world.run()
+    assert "training update 1 (rollouts 50%)" in seen
+    assert len(world.trainer.calls) == 1
+    assert world.steps("f6") == ["joined"]
+    assert world.report()["why"] == "2 of the 4 new judgements that start an update"
+
+
+KILLS: dict[str, tuple[type, str]] = {
+    "begin": (Ledger, "begin"),
+    "save": (Learner, "save"),
+    "publish": (AdapterStore, "publish"),
+    "published": (Ledger, "published"),
+    "change": (AdapterStore, "change"),
+    "prune": (AdapterStore, "prune"),
+    "released": (Ledger, "released"),
+    "mirror": (Releaser, "mirror"),
+    "mark told": (State, "mark_told"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", KILLS)
+def test_a_kill_at_any_step_ships_exactly_once(world: World, monkeypatch: pytest.MonkeyPatch, what: str, when: str):
+    owner, name = KILLS[what]
+    real = getattr(owner, name)
+
+    def deadly(*arguments: Any, **named: Any) -> Any:
+        if when == "after":
+            real(*arguments, **named)
+        raise Killed
+
+    world.thumbs(4)
+    monkeypatch.setattr(owner, name, deadly)
+    with pytest.raises(Killed):
+        world.run()
+    monkeypatch.undo()
+    world.new_learner()
+    world.run()
+    assert world.store.versions() == [1]
+    release = world.store.release()
+    assert [(change.action, change.current) for change in release.changes] == [("promote", 1)]
+    assert len(world.trainer.calls) <= 2
+    if what in ("published", "change", "released", "prune"):
+        assert len(world.trainer.calls) == 1
+    assert set(world.steps("f1")) == {"joined", "in_reward_model", "in_update", "in_version"}
+    assert world.report()["feedback"]["by_status"] == {"joined": 4}
+    mirrored = [Release.model_validate_json(record.event) for record in world.log.read(RELEASES, 0, 100)]
+    assert [change.generation for one in mirrored for change in one.changes] == [1]
+
+
+def test_a_full_disk_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    real, failures = AdapterStore.publish, iter([OSError(28, "No space left on device")])
+
+    def full(*arguments: Any, **named: Any) -> int:
+        for failure in failures:
+            raise failure
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(AdapterStore, "publish", full)
+    world.thumbs(4)
+    with caplog.at_level(logging.INFO):
+        world.run()
+    assert world.store.release().current == 1
+    assert "No space left on device" in caplog.text
+    assert "what was away is back" in caplog.text
+
+
+def test_a_log_that_is_away_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch):
+    real, failures = SqliteLog.read, iter([LogUnavailable("the log is away"), LogUnavailable("the log is away")])
+
+    def away(*arguments: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return real(*arguments)
+
+    world.thumbs(4)
+    monkeypatch.setattr(SqliteLog, "read", away)
+    world.run()
+    assert world.store.release().current == 1
+
+
+def test_an_emptied_board_is_told_everything_again(world: World):
+    world.thumbs(4)
+    world.run()
+    world.tell(retraction("f1"))
+    world.run()
+    before = {feedback_id: world.steps(feedback_id) for feedback_id in ("f1", "f4")}
+    assert furthest(world.story("f1")) == "retracted"
+    world.close_learner()
+    for path in (world.folder / "board").glob("learner.db*"):
+        path.unlink()
+    world.new_learner()
+    assert world.steps("f1") == []
+    world.run()
+    assert {feedback_id: world.steps(feedback_id) for feedback_id in ("f1", "f4")} == before
+
+
+def test_a_state_made_anew_from_the_log_knows_what_the_versions_learned_from(world: World):
+    world.thumbs(4)
+    world.run()
+    world.thumbs(3, version=1)
+    world.run()
+    before = world.state.digest()
+    world.close_learner()
+    (world.config.folder / "state.db").unlink()
+    world.new_learner()
+    world.run()
+    assert world.state.digest() == before
+    assert len(world.trainer.calls) == 1
+    report = world.report()
+    assert report["why"] == "3 of the 4 new judgements that start an update"
+    assert report["last_update"]["version"] == "v1"
+    world.thumbs(1)
+    world.run()
+    assert world.store.manifest(2).update["number"] == 2
+
+
+def test_another_base_learns_anew_from_the_base(world: World):
+    world.thumbs(4)
+    world.run()
+    world.trainer = ReadyMade(base=Base("another base", TARGETS))
+    world.new_learner()
+    world.run()
+    assert world.trainer.calls == []
+    assert world.trainer.restored is None
+    assert world.report()["feedback"]["not_learned_from"] == {"other_base": 4}
+    world.thumbs(4, base="another base")
+    world.run()
+    assert world.trainer.calls[0]["parent"] is None
+    assert len(world.trainer.calls[0]["judgements"]) == 4
+    assert world.store.release().current == 2
+
+
+def test_a_restart_goes_on_from_the_checkpoint(world: World):
+    world.thumbs(4)
+    world.run()
+    world.new_learner()
+    world.run()
+    assert world.trainer.restored is not None
+    assert world.trainer.restored["meta"] == {"beta": 0.05}
+    assert world.trainer.restored["tensors"]["value"].tolist() == [1.0, 1.0]
+
+
+def test_every_change_of_the_release_is_mirrored_once(world: World):
+    world.thumbs(4)
+    world.run()
+    world.store.change("pause", "operator")
+    world.store.change("resume", "operator")
+    world.run()
+    world.new_learner()
+    world.store.change("rollback", "operator", reason="people frown")
+    world.run()
+    mirrored = [Release.model_validate_json(record.event) for record in world.log.read(RELEASES, 0, 100)]
+    changes = [(change.generation, change.action, change.by) for one in mirrored for change in one.changes]
+    assert changes == [
+        (1, "promote", "learner"),
+        (2, "pause", "operator"),
+        (3, "resume", "operator"),
+        (4, "rollback", "operator"),
+    ]
+    assert mirrored[-1].current == 0
+
+
+def test_feedback_is_given_up_only_when_its_exchange_is_nowhere(make: Callable[..., World]):
+    world = make(join_wait_s=50)
+    world.tell(feedback("old", "r1", at=NOW - 100), feedback("lost", "nowhere", at=NOW - 100))
+    world.run()
+    assert world.steps("lost") == []  # no exchange was ever seen: the log may be away
+    world.tell(exchange("r1"))
+    world.run()
+    assert world.steps("old") == ["joined"]
+    assert [(step.status, step.reason) for step in world.story("lost")] == [("dropped", "no_exchange")]
+    assert world.report()["feedback"]["dropped"] == {"no_exchange": 1}
+
+
+def test_freshness_is_measured_from_when_the_server_serves(world: World):
+    world.thumbs(4)
+    world.run()
+    assert world.report()["freshness"] == {"p50": None, "p95": None, "count": 0}
+    world.server_board.activated(1, NOW + 12)
+    world.now += 20
+    world.run()
+    assert world.report()["freshness"] == {"p50": 12.0, "p95": 12.0, "count": 4}
+    assert world.steps("f1")[-1] == "served"
+    assert b"heed_freshness_seconds_count 4.0" in world.metrics.text()
+
+
+def test_the_metrics_tell_of_the_update(world: World):
+    world.thumbs(4)
+    world.tell(feedback("f1", "r1", value=0, body="another"))
+    world.run()
+    text = world.metrics.text().decode()
+    for line in (
+        'heed_updates_total{outcome="released"} 1.0',
+        'heed_update_seconds_count{phase="ppo"} 1.0',
+        'heed_gate_checks_total{check="reward_model",verdict="pass"} 1.0',
+        'heed_feedback_dropped_total{reason="conflict"} 1.0',
+        'heed_learner_offset_lag{topic="heed.feedback"} 0.0',
+    ):
+        assert line in text
