@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,5 +134,10 @@ def obey(line: str, talk: Talk, console: Console) -> bool:
 def answer(line: str, talk: Talk, console: Console) -> None:
     """Prints the reply as it comes, then who spoke."""
     for piece in talk.say(line):
-        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print(harmless(piece), end="", markup=False, highlight=False, soft_wrap=True)
     console.print(f"\n[dim]{escape(talk.speaker)}   + or - to rate[/dim]")
+
+
+def harmless(text: str) -> str:
+    """Text without control characters but line feeds and tabs: a reply must not play with the terminal."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")

@@ -46,10 +46,13 @@ def run(config: LearnerConfig, console: Console, as_json: bool) -> int:
 
 
 def findings(config: LearnerConfig) -> Iterator[Finding]:
-    yield from guarded("data", lambda: data_folder(config))
-    yield from guarded("log", lambda: log(config))
-    yield from guarded("clock", lambda: clock(config))
-    yield from guarded("model", lambda: model_and_adapters(config))
+    folder = list(guarded("data", lambda: data_folder(config)))
+    yield from folder
+    usable = folder[0].verdict == "ok"
+    if usable:
+        yield from guarded("log", lambda: log(config))
+        yield from guarded("clock", lambda: clock(config))
+    yield from guarded("model", lambda: model_and_adapters(config, adapters=usable))
     yield server(config)
     yield learner(config)
 
@@ -110,7 +113,7 @@ def clock(config: LearnerConfig) -> Iterator[Finding]:
         yield Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
 
-def model_and_adapters(config: LearnerConfig) -> Iterator[Finding]:
+def model_and_adapters(config: LearnerConfig, adapters: bool) -> Iterator[Finding]:
     from deploy.versions import store_of, verify
     from serving.base import describe_base
     from serving.model import find_model, load_model
@@ -121,6 +124,8 @@ def model_and_adapters(config: LearnerConfig) -> Iterator[Finding]:
     named = config.serving.model or "the built-in heed-tiny"
     yield Finding("model", "ok", f"{named}: {model.num_parameters() / 1e6:,.1f} M parameters, loaded in {took:.1f} s")
     yield Finding("device", "ok", f"{model.device}, {str(model.dtype).removeprefix('torch.')}")
+    if not adapters:
+        return
     store = store_of(config)
     if store.release_problem:
         yield Finding("release", "fail", store.release_problem, "Promote a version by hand: heed adapters promote V.")

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from learner import corpus
+
+
+def measure(model_dir: Path, *, samples: int = 4000, seed: int = 0) -> dict[str, Any]:
+    """What the card reports, from `samples` replies (T=1, full softmax) to the messages of `prompts.json` in turn."""
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    prompts = json.loads((model_dir / "prompts.json").read_text("utf-8"))
+    asked = [prompts[number % len(prompts)] for number in range(samples)]
+    return summarise(asked, replies(model, tokenizer, asked, seed=seed))
+
+
+@torch.inference_mode()
+def replies(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, seed: int = 0, limit: int = 80
+) -> list[tuple[str, int | None]]:
+    """One full-softmax sample (T=1) to each prompt, and its length in tokens, None if it had not ended at `limit`."""
+    end = tokenizer.eos_token_id
+    sampling = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=limit,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    found: list[tuple[str, int | None]] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), 250):
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + 250]]
+            batch = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            )
+            out_BT = model.generate(**batch, generation_config=sampling)[:, batch["input_ids"].shape[1] :]
+            for row in out_BT.tolist():
+                length = row.index(end) + 1 if end in row else None
+                found.append((tokenizer.decode(row[: length - 1] if length else row), length))
+    return found
 
 
 def summarise(prompts: Sequence[str], replies: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
@@ -69,13 +113,14 @@ pipeline_tag: text-generation
 
 # heed-tiny
 
-A small chat model to learn with: a Llama of {parameters / 1e6:.1f} million parameters (fp32) and a byte-level BPE tokenizer
-with a chat template, both made from scratch on a laptop's processor. It is fluent in a small world, sometimes wrong in facts,
-and undecided in manner, so that feedback has something to steer. It is no general assistant: outside its intents it answers
-with the nearest thing it knows. Licence: Apache-2.0, data included.
+A small chat model to learn with: a Llama of {parameters / 1e6:.1f} million parameters (fp32) and a byte-level BPE
+tokenizer with a chat template, both made from scratch on a CPU. It is fluent in a small world, sometimes wrong in
+facts, and undecided in manner, so that feedback has something to steer. It is no general assistant: outside its
+intents it answers with the nearest thing it knows. Licence: Apache-2.0, data included.
 
-Made by `python -m learner.pretrain --out DIR --seed {seed} --steps {steps}`: {steps} steps of AdamW on {source},
-{minutes:.0f} minutes with {threads} threads. The same seed, steps and threads give the same bytes on the same kind of processor.
+Made by `python -m learner.pretrain --out DIR --seed {seed} --steps {steps}`: {steps} steps of Muon and AdamW on
+{source}, {minutes:.0f} minutes with {threads} threads. The same seed, steps and
+threads give the same bytes on the same kind of processor.
 """
     return text if numbers is None else text + _numbers(numbers)
 
@@ -94,8 +139,8 @@ def _numbers(numbers: dict[str, Any]) -> str:
     return f"""
 ## Measured
 
-On {numbers["samples"]} replies sampled from the full softmax at temperature 1 to the 200 messages of `prompts.json`, none of
-which the training text holds; `python -m learner.pretrain --measure --out DIR` measures again.
+On {numbers["samples"]} replies sampled from the full softmax at temperature 1 to the 200 messages of `prompts.json`,
+none of which the training text holds; `python -m learner.pretrain --measure --out DIR` measures again.
 
 {_table("what", rows)}
 ## Manners

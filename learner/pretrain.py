@@ -1,7 +1,7 @@
 """How the built-in base model is made: a tokenizer, a small Llama, and the numbers on its card.
 
-`pretrain` writes a directory that `AutoTokenizer` and `AutoModelForCausalLM` load. The same seed, sizes and thread count
-give the same bytes. Without `corpus_files` it learns the dialogues of `learner/corpus.py`; with them, whatever they hold.
+`pretrain` writes a directory that `AutoTokenizer` and `AutoModelForCausalLM` load. The same seed, sizes and thread
+count give the same bytes. It learns the dialogues of `learner/corpus.py`, or whatever `corpus_files` hold.
 """
 
 from __future__ import annotations
@@ -14,31 +14,18 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from learner import card, corpus
-
-PAD, END = "<|pad|>", "<|end|>"
-ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-MAX_LENGTH = 1024
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
-    "{{- raise_exception('Unknown role: ' + message['role']) -}}"
-    "{%- endif -%}"
-    "{{- '<|' + message['role'] + '|>' + (message['content'] | trim) + '<|end|>' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
+from learner.card import measure
+from learner.tokens import END, MAX_LENGTH, PAD, encode, make_tokenizer, read_corpus
 
 Progressed = Callable[[str, int, int], None]
 
@@ -57,98 +44,15 @@ class Size:
     tokens: int = 3072  # a step, padding included
     lr: float = 0.01  # the peak, Muon's
     lr_embeddings: float = 0.006  # the peak, AdamW's: embeddings and norms
+    tokenizer_chats: int = 30_000  # conversations the tokenizer is made from
     pool: int = 4096  # conversations sorted by length together, so that little is padding
-
-
-def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`, with the chat template and a padding token of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[AddedToken(token, special=True) for token in (PAD, END, *ROLES.values())],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=list(ROLES.values()),
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=MAX_LENGTH,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
-
-
-def read_corpus(files: Sequence[Path]) -> list[corpus.Chat]:
-    """Chats from JSON Lines (`messages`, or `prompt` and `completion`) and plain text (a paragraph is one text).
-
-    Plain text comes back as chats of one message with the role "text". Raises ValueError with file and line.
-    """
-    chats: list[corpus.Chat] = []
-    for path in files:
-        try:
-            lines = path.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-        if path.suffix in (".jsonl", ".json"):
-            chats += [_chat(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-        else:
-            paragraphs = "\n".join(lines).split("\n\n")
-            chats += [[{"role": "text", "content": text.strip()}] for text in paragraphs if text.strip()]
-    if not chats:
-        raise ValueError(f"no text to learn from in {', '.join(map(str, files))}")
-    return chats
-
-
-def _chat(line: str, where: str) -> corpus.Chat:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        row = {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'{where}: expected {{"messages": [...]}} or {{"prompt": ..., "completion": ...}}')
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise ValueError(f"{where}: a message needs a role (system, user or assistant) and a text as content: {message}")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[corpus.Chat]) -> list[tuple[list[int], list[float]]]:
-    """Token ids of each chat as the template lays them out, and each token's weight in the loss.
-
-    What the assistant says counts fully; what others say a little, for the sake of the words in it.
-    """
-    flat = [message["content"].strip() for chat in chats for message in chat]
-    pieces = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
-    end = tokenizer.convert_tokens_to_ids(END)
-    rows = []
-    for chat in chats:
-        ids: list[int] = []
-        weights: list[float] = []
-        for message in chat:
-            said = [*next(pieces), end]
-            if message["role"] in ROLES:
-                ids.append(tokenizer.convert_tokens_to_ids(ROLES[message["role"]]))
-                weights.append(0.0)
-            ids += said
-            weights += [0.05 if message["role"] in ("system", "user") else 1.0] * len(said)
-        rows.append((ids[:MAX_LENGTH], weights[:MAX_LENGTH]))
-    return rows
 
 
 def _batches(
     tokenizer: PreTrainedTokenizerFast, chats: Iterator[corpus.Chat], size: Size, rng: random.Random
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids_BT, weights_BT) of chats of like length; weights are 0 on padding."""
-    pad = tokenizer.convert_tokens_to_ids(PAD)
+    pad = _id(tokenizer, PAD)
     while pool := encode(tokenizer, list(itertools.islice(chats, size.pool))):
         pool.sort(key=lambda row: len(row[0]))
         batches: list[list[tuple[list[int], list[float]]]] = [[]]
@@ -198,7 +102,7 @@ def train(
         ids_BT, weights_BT = next(batches)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = _loss(model, ids_BT, weights_BT)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         share = schedule(step, size.steps)
         for optimiser, peak in optimisers:
@@ -207,7 +111,8 @@ def train(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         progress(f"training, loss {loss.item():.3f}", step + 1, size.steps)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _optimisers(model: LlamaForCausalLM, size: Size) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -217,6 +122,12 @@ def _optimisers(model: LlamaForCausalLM, size: Size) -> list[tuple[torch.optim.O
     muon = torch.optim.Muon(matrices, lr=size.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=size.lr_embeddings, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     return [(muon, size.lr), (adamw, size.lr_embeddings)]
+
+
+def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), token
+    return found
 
 
 def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlamaConfig:
@@ -230,50 +141,10 @@ def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlamaConfig:
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=_id(tokenizer, END),
+        pad_token_id=_id(tokenizer, PAD),
         dtype="float32",
     )
-
-
-@torch.inference_mode()
-def replies(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, seed: int = 0, limit: int = 80
-) -> list[tuple[str, int | None]]:
-    """One full-softmax sample (T=1) to each prompt, and its length in tokens, None if it had not ended at `limit`."""
-    end = tokenizer.convert_tokens_to_ids(END)
-    sampling = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=limit,
-        eos_token_id=end,
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
-    )
-    found: list[tuple[str, int | None]] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), 250):
-            chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + 250]]
-            batch = tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-            )
-            out_BT = model.generate(**batch, generation_config=sampling)[:, batch["input_ids"].shape[1] :]
-            for row in out_BT.tolist():
-                length = row.index(end) + 1 if end in row else None
-                text = tokenizer.decode(row[: length - 1] if length else row, skip_special_tokens=False)
-                found.append((text, length))
-    return found
-
-
-def measure(model_dir: Path, *, samples: int = 4000, seed: int = 0) -> dict[str, object]:
-    """What the card reports, from `samples` T=1 replies to the prompts in `prompts.json` (see `learner/card.py`)."""
-    model = LlamaForCausalLM.from_pretrained(model_dir)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
-    prompts = json.loads((model_dir / "prompts.json").read_text("utf-8"))
-    asked = [prompts[number % len(prompts)] for number in range(samples)]
-    return card.summarise(asked, replies(model.eval(), tokenizer, asked, seed=seed))
 
 
 def pretrain(
@@ -314,7 +185,7 @@ def pretrain(
     try:
         with torch.random.fork_rng(devices=[]):
             progress("tokenizer", 0, size.steps)
-            first = list(itertools.islice(chats, 30_000))
+            first = list(itertools.islice(chats, size.tokenizer_chats))
             texts = (message["content"] for chat in first for message in chat)
             tokenizer = make_tokenizer(texts, size.vocabulary)
             model = train(tokenizer, itertools.chain(first, chats), size, seed, progress)
@@ -348,9 +219,7 @@ def _material(seed: int, files: Sequence[Path] | None) -> tuple[Iterator[corpus.
     return endless, list(dict.fromkeys(asked))[:200]
 
 
-def _save(
-    path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]
-) -> None:
+def _save(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> None:
     ids = {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ids)
     model.save_pretrained(path)
@@ -391,8 +260,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the built-in base model, or measure one.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=Size.steps)
-    parser.add_argument("--corpus", type=Path, nargs="*", help="plain text or JSON Lines of chats, instead of the own corpus")
+    parser.add_argument("--steps", type=int, default=Size().steps)
+    parser.add_argument("--corpus", type=Path, nargs="*", help="text or JSON Lines of chats, instead of the own corpus")
     parser.add_argument("--measure", action="store_true", help="only measure the model in --out; prints JSON")
     given = parser.parse_args()
     if given.measure:

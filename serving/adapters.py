@@ -181,7 +181,7 @@ class AdapterStore:
 
     @property
     def release_problem(self) -> str | None:
-        """What is wrong with the release file, or None."""
+        """What is wrong with the release file now, or None."""
         return self._release.broken
 
     def change(

@@ -52,7 +52,7 @@ def create_app(
         app.include_router(admin.router)
     app.mount("/static", StaticFiles(directory=operations.STATIC, check_dir=False), name="static")
     app.add_middleware(Door, parts=wiring)
-    for kind in (HeedError, HTTPException, RequestValidationError, Exception):
+    for kind in (HeedError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _told)
     return app
 
@@ -91,7 +91,7 @@ def _now(wiring: Wiring) -> Now:
 
 
 async def _told(request: Request, error: Exception) -> Response:
-    """The one place where an error becomes a response: ours, the framework's, or a defect."""
+    """The one place where an error, ours or the framework's, becomes a response."""
     if isinstance(error, HeedError):
         return JSONResponse(error.body(), error.status, headers=error.headers())
     ours = _ours(request, error)
@@ -104,8 +104,7 @@ def _ours(request: Request, error: Exception) -> HeedError:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         return BadRequest(f"{first['loc'][-1]}: {first['msg']}.", param=str(first["loc"][-1]))
-    if not isinstance(error, HTTPException):
-        return HeedError("The server failed on this request. Its log says how; trying again may help.")
+    assert isinstance(error, HTTPException)
     if error.status_code == 405:
         return MethodNotAllowed(
             f"{route} is not allowed; this route takes {(error.headers or {}).get('Allow', 'others')}."

@@ -35,8 +35,24 @@ class Batch:
         """The replies whose prompt is still being read."""
         return self.replies[self.decoding :]
 
+    def next_pieces(self, share: int) -> tuple[list[Reply], int]:
+        """The replies whose prompts to read from now, and how many ids of each at most.
+
+        Padded to the longest, the pieces are at most `share` ids; the replies' rows lie together.
+        """
+        chosen: list[Reply] = []
+        width = 0
+        for reply in self.reading:
+            wider = max(width, min(reply.left_to_read, share))
+            if wider * (len(chosen) + 1) > share:
+                break
+            chosen.append(reply)
+            width = wider
+        return chosen, width
+
     def join(self, reply: Reply) -> None:
         """Give a reply a row, or let it follow one that reads the same prompt for the same version."""
+        reply.admitted = True
         for other in self.reading:
             if other.version == reply.version and other.prompt_ids == reply.prompt_ids:
                 other.followers.append(reply)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-"""Used when a model comes without a chat template: one `role: text` line a message, then `assistant:`. A base model that was
+"""Used when a model comes without a chat template: one `role: text` line a message, then `assistant:`. A model that was
 never taught to chat will often go on to write the user's next line itself; give it the stop string "\\nuser:"."""
 
 _UNFINISHED = "�"
@@ -50,7 +50,7 @@ class Chat:
         vocabulary = tokenizer.get_vocab()
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self.byte_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
-        """Tokens that stand for one byte each, whose text depends on the bytes around them (sentencepiece vocabularies)."""
+        """Tokens that stand for one byte each, whose text depends on the bytes around them (sentencepiece)."""
 
     @classmethod
     def load(cls, model: str | Path) -> Chat:
@@ -61,8 +61,8 @@ class Chat:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Prompt ids: the messages by the template, ready for the assistant's reply.
 
-        Control tokens written by a user (a typed `<|im_end|>`) are encoded as text, so that nobody can end their own turn and
-        speak as another. Raises ChatError when the template refuses the messages.
+        Control tokens written by a user (a typed `<|im_end|>`) are encoded as text, so that nobody can end their own
+        turn and speak as another. Raises ChatError when the template refuses the messages.
         """
         plain = [{"role": _role(message.role), "content": message.content} for message in messages]
         try:
@@ -75,7 +75,7 @@ class Chat:
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise ChatError(f"the model's chat template refuses these messages: {error}") from error
-        return [int(i) for i in ids]
+        return cast(list[int], ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of reply ids, special tokens left out."""

@@ -1,4 +1,4 @@
-"""One forward of the Hugging Face model over some of the running rows: masks, positions, and the logits of each last token.
+"""One forward of the Hugging Face model over some of the running rows: masks, positions, logits of each last token.
 
 Axes: B rows, T tokens a row (shorter ones padded on the left, so that the last token of every row is the last column),
 K positions seen, V vocabulary.
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from serving.kv import KeyValueRows, UnsupportedModel, layer_shapes
-from serving.lora import Slots
+from serving.kv import KeyValueRows, layer_shapes
+from serving.lora import BASE, Slots
+from serving.model import ModelError
 
 
 class Forward:
     """The model with its key/value rows and adapter slots. One forward at a time."""
 
     def __init__(self, model: PreTrainedModel, slots: Slots, rows: int, max_len: int) -> None:
-        """Raises UnsupportedModel for a model whose layers keep something else than keys and values."""
+        """Raises ModelError for an architecture that cannot be served from rows."""
         self.model, self.slots = model, slots
         shapes = layer_shapes(model)
         self.kv = KeyValueRows(shapes, rows, max_len, model.dtype, model.device)
@@ -48,7 +49,7 @@ class Forward:
             position_BT = position_BT.masked_fill(is_padding_BT, 0)
             place_BT = position_BT.masked_fill(is_padding_BT, self.kv.length)
         self.kv.aim(first, place_BT, read)
-        self.slots.select(slots)
+        self.slots.select(slots, width)
         output = self.model(
             input_ids=ids_BT,
             position_ids=position_BT,
@@ -62,9 +63,31 @@ class Forward:
 
     def probe(self, slot: int, ids: Sequence[int]) -> bool:
         """True when every logit of these ids is finite with this slot; no row is touched."""
-        self.slots.select([slot])
+        self.slots.select([slot], len(ids))
         output = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device), use_cache=False)
         return bool(torch.isfinite(output.logits).all())
+
+    def check(self) -> None:
+        """Compare the logits of a few ids, read piece by piece into rows, with those of a plain forward.
+
+        Raises ModelError when they differ: some architectures look at masks or positions in ways of their own.
+        """
+        ids = [1 + i % 7 for i in range(min(12, self.kv.length))]
+        cuts = [[0, len(ids) // 2, len(ids) - 1, len(ids)], [0, len(ids) // 3, len(ids) - 1, len(ids)]][: self.kv.rows]
+        name = self.model.config.model_type
+        try:
+            plain = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[:, -1]
+            for i in range(3):
+                pieces = [ids[cut[i] : cut[i + 1]] for cut in cuts]
+                logits_BV = self.run(0, pieces, [cut[i] for cut in cuts], [BASE] * len(cuts))
+        except Exception as error:  # foreign code, of which only one thing matters: it does not run
+            raise ModelError(f"a {name} model cannot be served: {type(error).__name__}: {error}") from error
+        finally:
+            for row in range(len(cuts)):
+                self.kv.wipe(row, len(ids))
+        difference = (logits_BV.float().log_softmax(-1) - plain.float().log_softmax(-1)).abs().max().item()
+        if not difference < (1e-3 if self.model.dtype == torch.float32 else 0.5):
+            raise ModelError(f"a {name} model cannot be served: read in pieces, its log-probs are {difference:.2g} off")
 
     def _mask(self, position_BT: Tensor, read: int) -> Tensor | dict[str, Tensor]:
         """What each token sees, as numbers to add to the attention scores [B, 1, T, K]; one for each kind of layer."""
@@ -80,12 +103,12 @@ class Forward:
 
 
 def _mask_names(model: PreTrainedModel, windows: Sequence[int | None]) -> list[str]:
-    """The name under which each layer of a mixed model looks up its mask; all the same where one mask serves all layers."""
+    """The name under which each layer of a mixed model looks up its mask; one for all where one mask serves all."""
     if len(set(windows)) == 1:
         return [""] * len(windows)
     names = list(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if set(names) != {"full_attention", "sliding_attention"} or len(set(windows)) != 2 or len(names) != len(windows):
-        raise UnsupportedModel(
+        raise ModelError(
             f"{model.config.model_type} mixes attention layers of kinds {sorted(set(names))}; "
             "allowed: full_attention and sliding_attention with one window"
         )

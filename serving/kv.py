@@ -1,8 +1,8 @@
 """Keys and values of the running rows: fixed memory, [layers, rows, heads, length, dim].
 
-The running rows lie together from row 0, so that a forward sees its part as a slice, never a copy. Memory beyond a row's
-own length is zero: a freed row is wiped, since a NaN left behind would poison the next reply even where it is masked
-(0 · NaN is NaN).
+The running rows lie together from row 0, so that a forward sees its part as a slice, never a copy. Memory beyond a
+row's own length is zero: a freed row is wiped, since a NaN left behind would poison the next reply even where it is
+masked (0 · NaN is NaN).
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from serving.model import ModelError
+
 _ZEROED_AT_ONCE = 64
 """Positions wiped at a time as replies grow beyond what any row used so far: untouched memory stays uncommitted."""
-
-
-class UnsupportedModel(ValueError):
-    """The model's attention keeps something other than keys and values by position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +33,19 @@ class LayerShape:
 
 
 def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
-    """Ask the model, by a forward of two tokens, what its cache holds. Raises UnsupportedModel."""
+    """Ask the model, by a forward of two tokens, what its cache holds. Raises ModelError."""
     cache = DynamicCache(config=model.config)
     ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
     with torch.inference_mode():
         model(input_ids=ids, past_key_values=cache, use_cache=True)
     shapes = []
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
-            kind = type(layer).__name__
-            raise UnsupportedModel(
-                f"{model.config.model_type} keeps a {kind}; allowed: models whose layers all have full or sliding-window attention"
-            )
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            name, kind = model.config.model_type, type(layer).__name__
+            raise ModelError(f"a {name} model keeps a {kind}; allowed: models of full or sliding-window attention only")
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
         window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         shapes.append(LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], window))
     return shapes
@@ -71,7 +70,8 @@ class KeyValueRows(Cache):
             block = torch.empty((len(members), rows, heads, length + 1, dim), dtype=dtype, device=device)
             self._blocks.append(block)
             places.update(zip(members, block, strict=True))
-        super().__init__(layers=[_RowsLayer(places[2 * i], places[2 * i + 1]) for i in range(len(shapes))])
+        self._layers = [_RowsLayer(places[2 * i], places[2 * i + 1]) for i in range(len(shapes))]
+        super().__init__(layers=[*self._layers])
 
     def aim(self, first: int, place_BT: Tensor, read: int) -> None:
         """Point the next forward at rows first … first+B-1.
@@ -83,7 +83,7 @@ class KeyValueRows(Cache):
         count = place_BT.shape[0]
         row_B11 = torch.arange(first, first + count, device=place_BT.device)[:, None, None]
         flat: dict[int, Tensor] = {}
-        for layer in self.layers:
+        for layer in self._layers:
             heads = layer.keys.shape[1]
             if heads not in flat:
                 head_H1 = torch.arange(heads, device=place_BT.device)[:, None]
@@ -125,7 +125,7 @@ class _RowsLayer(CacheLayerMixin):
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         """keys, values: [rows, heads, length + 1, dim]."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys: Tensor = keys
         self.values: Tensor = values
         self.is_initialized = True

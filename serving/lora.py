@@ -1,13 +1,15 @@
-"""Adapter slots on an unmodified Hugging Face model: several LoRA adapters stay loaded, and each row of a batch picks one.
+"""Adapter slots on an unmodified Hugging Face model: several LoRA adapters stay loaded, each row of a batch picks one.
 
-Beside each target linear lie stacked `A[S, rank, in]` and `B[S, out, rank]` for S slots. A forward adds B·A·x for the rows of a slot
-and touches no other row: nothing that one adapter holds, not even NaN, can reach a neighbour. Rows on the base cost nothing.
+Beside each target linear lie stacked `A[S, rank, in]` and `B[S, out, rank]` for S slots. A forward adds B·A·x for the
+rows of a slot and touches no other row: nothing that one adapter holds, not even NaN, can reach a neighbour. Rows on
+the base cost nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -39,29 +41,33 @@ class AdapterWeights:
 def target_modules(model: PreTrainedModel) -> list[str]:
     """Paths of all linear layers (nn.Linear, GPT-2's Conv1D) but the output head: where adapters go."""
     head = model.get_output_embeddings()
-    return [
-        path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
+    return [path for path, module in model.named_modules() if _is_linear(module) and module is not head]
+
+
+def _is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | Conv1D]:
+    """True for plain linear layers; subclasses with a forward of their own (a router, say) do something else."""
+    return module is not None and type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 class Slots:
     """S adapters beside each target module of one model. Not thread-safe: one forward at a time."""
 
     def __init__(self, model: PreTrainedModel, targets: Collection[str], count: int = 4, rank: int = 16) -> None:
-        """Wrap the forward of each target module. Raises ValueError for a target that is no linear layer of the model."""
+        """Wrap the forward of each target module. Raises ValueError for a target that is no linear layer."""
         self.count, self.rank = count, rank
+        self._device = model.device
         self._sites: dict[str, _Site] = {}
         modules = dict(model.named_modules())
         for path in targets:
             module = modules.get(path)
-            if not isinstance(module, nn.Linear | Conv1D):
+            if not _is_linear(module):
                 raise ValueError(
                     f"{path!r} is no linear layer of {type(model).__name__}; allowed: {target_modules(model)}"
                 )
             self._sites[path] = _Site(module, count, rank)
-        self._chosen: tuple[int, ...] | None = None
-        self.select(())
+        self._chosen: tuple[tuple[int, ...], int] = ((), 1)
 
+    @torch.no_grad()
     def write(self, slot: int, weights: AdapterWeights) -> None:
         """Copy an adapter into a slot, scaling folded into B, smaller ranks padded with zeros.
 
@@ -80,21 +86,27 @@ class Slots:
         for site in self._sites.values():
             site.clear(slot)
 
-    def select(self, slot_of_row: Sequence[int]) -> None:
-        """Choose the slot of each row of the forwards that follow; BASE for none. An empty sequence: the base for all."""
+    def select(self, slot_of_row: Sequence[int], width: int) -> None:
+        """Choose the slot of each row, BASE for none, of the forwards that follow, which have `width` tokens a row."""
         chosen = tuple(slot_of_row)
-        if chosen == self._chosen:
+        if (chosen, width) == self._chosen:
             return
-        self._chosen = chosen
-        parts = [(slot, _rows_of(slot, chosen)) for slot in sorted(set(chosen) - {BASE})]
+        self._chosen = (chosen, width)
+        parts = [(slot, self._rows_of(slot, chosen)) for slot in sorted(set(chosen) - {BASE})]
         for site in self._sites.values():
-            site.select(parts)
+            site.select(parts, len(chosen), width)
 
     def remove(self) -> None:
         """Give the model its own forwards back."""
         for site in self._sites.values():
             site.remove()
         self._sites.clear()
+
+    def _rows_of(self, slot: int, chosen: tuple[int, ...]) -> Rows:
+        rows = [i for i, s in enumerate(chosen) if s == slot]
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return slice(rows[0], rows[-1] + 1)
+        return torch.tensor(rows, device=self._device)
 
     def _check(self, path: str, a: Tensor, b: Tensor) -> None:
         site = self._sites.get(path)
@@ -110,13 +122,6 @@ class Slots:
             raise ValueError(f"{path}: rank {rank} is above the slots' rank; allowed: at most {self.rank}")
 
 
-def _rows_of(slot: int, chosen: tuple[int, ...]) -> Rows:
-    rows = [i for i, s in enumerate(chosen) if s == slot]
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows)
-
-
 class _Site:
     """One target module with its stacked adapters."""
 
@@ -129,7 +134,8 @@ class _Site:
         self.b = torch.zeros(count, self.outputs, rank, device=weight.device)
         self._module = module
         self._parts: list[tuple[Tensor, Tensor, Rows]] = []
-        module.forward = self._wrap(module.forward)
+        self._rows = self._width = 0
+        vars(module)["forward"] = self._wrap(module.forward)  # found before the class's own
 
     def write(self, slot: int, a: Tensor, b: Tensor, scaling: float) -> None:
         self.clear(slot)
@@ -141,29 +147,35 @@ class _Site:
         self.a[slot].zero_()
         self.b[slot].zero_()
 
-    def select(self, parts: Sequence[tuple[int, Rows]]) -> None:
+    def select(self, parts: Sequence[tuple[int, Rows]], rows: int, width: int) -> None:
+        self._rows, self._width = rows, width
         self._parts = [(self.a[slot].T, self.b[slot].T, rows) for slot, rows in parts]
 
     def remove(self) -> None:
-        del self._module.forward
+        del vars(self._module)["forward"]
 
     def _wrap(self, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             y = base_forward(x)
-            for a_IR, b_RO, rows in self._parts:
-                _add(y, x, a_IR, b_RO, rows)
+            if self._parts:
+                # some models flatten [B, T, in] to [B·T, in] on the way; anything else cannot be told apart by rows
+                x_BTI = x.reshape(self._rows, self._width, self.inputs)
+                y_BTO = y.view(self._rows, self._width, self.outputs)
+                for a_IR, b_RO, rows in self._parts:
+                    _add(y_BTO, x_BTI, a_IR, b_RO, rows)
             return y
 
         return forward
 
 
-def _add(y: Tensor, x: Tensor, a_IR: Tensor, b_RO: Tensor, rows: Rows) -> None:
-    """y[rows] += (x[rows] · A) · B in fp32, in place; x [B, T, in] or [B, in], y likewise."""
-    part = x[rows]
-    low = part.reshape(-1, part.shape[-1]).float() @ a_IR
-    if isinstance(rows, Tensor):
-        y.index_add_(0, rows, (low @ b_RO).view(*part.shape[:-1], -1).to(y.dtype))
-    elif y.dtype == torch.float32:
-        y[rows].view(-1, y.shape[-1]).addmm_(low, b_RO)
+def _add(y_BTO: Tensor, x_BTI: Tensor, a_IR: Tensor, b_RO: Tensor, rows: Rows) -> None:
+    """y[rows] += (x[rows] · A) · B, in fp32 and in place."""
+    low_NR = x_BTI[rows].flatten(0, 1).float() @ a_IR
+    if isinstance(rows, slice) and y_BTO.dtype == torch.float32:
+        y_BTO[rows].view(-1, y_BTO.shape[-1]).addmm_(low_NR, b_RO)
     else:
-        y[rows] += (low @ b_RO).view(*part.shape[:-1], -1).to(y.dtype)
+        part = (low_NR @ b_RO).to(y_BTO.dtype).view(-1, *y_BTO.shape[1:])
+        if isinstance(rows, slice):
+            y_BTO[rows] += part
+        else:
+            y_BTO.index_add_(0, rows, part)

@@ -41,8 +41,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, Chat]:
     """The base, frozen and in eval mode, and its chat.
 
-    `model`: a Hugging Face directory or hub id; None or "heed-tiny" is the built-in one. `device`: auto (a GPU if there is one),
-    cpu, cuda, …; `dtype`: auto (float32 on CPU, bfloat16 elsewhere), float32, bfloat16, float16. Raises ModelError.
+    `model`: a Hugging Face directory or hub id; None or "heed-tiny" is the built-in one. `device`: auto (a GPU if there
+    is one), cpu, cuda, …; `dtype`: auto (float32 on CPU, bfloat16 elsewhere), float32, bfloat16, float16.
+    Raises ModelError.
     """
     where = _device(device)
     kind = _dtype(dtype, where)
@@ -50,7 +51,7 @@ def load_model(
     try:
         with _quiet():
             base = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=kind, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+                str(folder), dtype=kind, use_safetensors=True, local_files_only=True
             )
             chat = Chat.load(folder)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -82,8 +83,8 @@ def find_model(model: str | Path | None) -> Path:
 def fingerprint(source: str | Path | None, chat: Chat) -> str:
     """What a base is, as sha256 in hex: architecture, weights, tokenizer and chat template, wherever its files lie.
 
-    It does not change with the type the weights are loaded as, nor with how they are split into files. Of weight files above
-    64 MB three blocks of each tensor are read. Raises ModelError.
+    It does not change with the type the weights are loaded as, nor with how they are split into files. Of weight files
+    above 64 MB three blocks of each tensor are read. Raises ModelError.
     """
     folder = find_model(source)
     digest = hashlib.sha256()
@@ -99,18 +100,19 @@ def fingerprint(source: str | Path | None, chat: Chat) -> str:
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same weights: not a byte of them is copied, and each tree has its own adapters and hooks.
+    """A second module tree over the same weights: none is copied, and each tree has its own adapters and hooks.
 
-    Both are frozen; buffers are shared too.
+    The twin is frozen; buffers are shared too.
     """
     with torch.device("meta"), _quiet():
-        other = type(model)(model.config)
+        other: PreTrainedModel = type(model)(model.config)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         _put(other, name, nn.Parameter(parameter.detach(), requires_grad=False))
     for name, buffer in model.named_buffers(remove_duplicate=False):
         _put(other, name, buffer)
     other.tie_weights()
-    return other.eval()
+    other.eval()
+    return other
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -60,7 +60,8 @@ class ReleaseFile:
 
     @property
     def broken(self) -> str | None:
-        """What is wrong with the file, or None."""
+        """What is wrong with the file now, or None."""
+        self.read()
         return str(self._broken) if self._broken else None
 
     def change(

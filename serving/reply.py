@@ -15,6 +15,7 @@ class Reply:
         request = stream.request
         self.stream, self.version, self.slot, self.seed = stream, version, slot, seed
         self.prompt_ids, self.sampling = request.prompt_ids, request.sampling
+        self.admitted = False
         self.row = -1
         """The key/value row; -1 before there is one and after."""
         self.followers: list[Reply] = []
@@ -96,7 +97,7 @@ class ReplyText:
         """The end of the text so far, where it may be the beginning of a stop text."""
 
     def push(self, token_id: int | None, last: bool) -> str:
-        """The text that is certain after this id (None: an id without text). `last`: nothing follows, so nothing is held back."""
+        """The text that is certain after this id (None: an id without text). `last`: hold nothing back."""
         if token_id is not None:
             self._held += self._detokenizer.push(token_id)
         if last:

@@ -1,8 +1,8 @@
 """From logits to tokens: temperature, top-p, top-k, min-p, seeds, and the log-probs of what was drawn.
 
-Every row draws by one number u in [0, 1) that depends on its seed and its place in the reply alone, and takes the first token at
-which the cumulative distribution passes u. So a reply with a seed does not depend on who else is in the batch, and rows
-with and without a seed go through the same few tensor operations.
+Every row draws by one number u in [0, 1) that depends on its seed and its place in the reply alone, and takes the first
+token at which the cumulative distribution passes u. So a reply with a seed does not depend on who else is in the batch,
+and rows with and without a seed go through the same few tensor operations.
 
 Axes: B rows, V vocabulary.
 """
@@ -104,7 +104,7 @@ class Sampled:
 
 
 def sample(logits_BV: Tensor, rows: RowSampling, steps: Sequence[int]) -> Sampled:
-    """Draw one token a row. `steps`: how many tokens each row's reply already has, which with its seed decides the draw."""
+    """Draw one token a row. `steps`: the tokens each row's reply has already; with its seed they decide the draw."""
     raw_BV = torch.log_softmax(logits_BV.float(), dim=-1)
     processed_BV = raw_BV if rows.plain else _process(raw_BV, rows)
     step_B = torch.tensor(steps, dtype=torch.int64, device=rows.device)
@@ -146,7 +146,7 @@ def _process(raw_BV: Tensor, rows: RowSampling) -> Tensor:
 
 
 def _cut(logprobs_RV: Tensor, rows: RowSampling) -> Tensor:
-    """-inf for what top-k, top-p and min-p leave out; each looks at the distribution after temperature. The likeliest stays."""
+    """-inf for what top-k, top-p and min-p leave out of the distribution after temperature; the likeliest stays."""
     sorted_RV, order_RV = logprobs_RV.sort(dim=-1, descending=True, stable=True)
     before_RV = sorted_RV.exp().cumsum(dim=-1, dtype=torch.float64) - sorted_RV.exp()
     rank_V = torch.arange(sorted_RV.shape[1], device=sorted_RV.device)

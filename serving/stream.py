@@ -7,12 +7,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 from serving.sampling import Sampling
 
 Reason = Literal["stop", "length", "abort", "error"]
+"""stop: end of sequence or stop text; length: max_tokens or the model's length; abort: cancelled or too late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Request:
     version: int | None = None
     """The adapter version to speak; None for the one that is current when the request is admitted."""
     caller: str = ""
-    """Callers take turns in the queue."""
+    """Callers take turns in the line."""
     deadline: float | None = None
     """time.monotonic() after which the reply is aborted; None for never."""
 
@@ -41,19 +43,18 @@ class Token:
     raw_logprob: float
     """At temperature 1 under the full softmax."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens instead, with raw log-probs, as many as asked for."""
+    """The likeliest tokens in its place with their raw log-probs, as many as asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A whole reply; the last event of every stream."""
+    """A whole reply, or as much as there is of it; the last event of every stream."""
 
     reason: Reason
-    """stop: end of sequence or stop text; length: max_tokens or the model's length; abort: cancelled or too late; error."""
     version: int
     prompt_ids: tuple[int, ...]
     reply_ids: tuple[int, ...]
-    """All sampled ids: with the end-of-sequence id, and those of a stop text, that `text` leaves out."""
+    """All sampled ids: also the end-of-sequence id and those of a stop text, which `text` leaves out."""
     logprobs: tuple[float, ...]
     raw_logprobs: tuple[float, ...]
     text: str
@@ -62,22 +63,23 @@ class Finished:
 
 
 Event = Token | Finished
+Reader = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 
 
 class Stream:
-    """The events of one reply: iterate it in asyncio, call `result()` in a thread, or give `on_event` to `Engine.submit`."""
+    """The events of one reply: iterate it in asyncio, call `result()` in a thread, or give `on_event` to `submit`."""
 
     def __init__(
         self, request: Request, on_event: Callable[[Event], None] | None, tokens: bool, drive: Callable[[], bool]
     ) -> None:
-        """`tokens`: False when only the whole reply is wanted. `drive`: one step of an engine without a thread, else False."""
+        """`tokens`: False when only the end is wanted. `drive`: makes a step; False when a thread makes them."""
         self.request = request
         self.tokens = tokens
         self.version: int | None = None
         """The version that speaks: known at admission."""
         self.submitted_at = time.monotonic()
         self.admitted_at: float | None = None
-        """When the reply left the queue and its version was bound (time.monotonic())."""
+        """When the reply left the line and its version was bound (time.monotonic())."""
         self.finished: Finished | None = None
         self.cancelled = False
         self._on_event = on_event
@@ -97,7 +99,7 @@ class Stream:
         return self.finished
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        """Token after Token, then Finished. One reader only, and only without `on_event`."""
+        """Token after Token, then Finished. For one reader, and not together with `on_event`."""
         arrived = asyncio.Event()
         self._reader = (asyncio.get_running_loop(), arrived)
         while True:
@@ -110,7 +112,10 @@ class Stream:
             await arrived.wait()
 
     def deliver(self, event: Event) -> Reader | None:
-        """Called by the engine for each event, in order; returns the reader to wake, if one waits. `on_event`'s errors rise."""
+        """Called by the engine with each event in order; returns the reader to wake, if there is one.
+
+        What `on_event` raises, rises.
+        """
         if isinstance(event, Finished):
             self.finished = event
         try:
@@ -124,16 +129,13 @@ class Stream:
         return self._reader
 
 
-Reader = tuple[asyncio.AbstractEventLoop, asyncio.Event]
-
-
 def wake(readers: Iterable[Reader]) -> None:
     """Tell each reader that events have arrived: one call a loop, whatever the number of its readers."""
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
     for loop, arrived in readers:
         by_loop.setdefault(loop, []).append(arrived)
     for loop, events in by_loop.items():
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop was closed: nobody reads there any more
             loop.call_soon_threadsafe(_set_all, events)
 
 

@@ -148,7 +148,7 @@ class Swapper:
                 self._given_up, self.problem = attempt, str(error)
             return False
         if version == release.current:
-            self._given_up = self.problem = None
+            self.problem = None
         self._pinned.pop(version, None)
         self._draining.pop(version, None)
         _log.info("v%d speaks (%s).", version, ", ".join(f"{phase} {s * 1000:.1f} ms" for phase, s in seconds.items()))

@@ -13,12 +13,16 @@ class NoFreeSlot(RuntimeError):
     """Every slot holds a version that is served, draining or being staged."""
 
 
+class ProbeFailed(RuntimeError):
+    """A forward with the adapter did not give finite numbers."""
+
+
 class VersionInUse(RuntimeError):
     """Replies still run on the version."""
 
 
 class Versions:
-    """Slots by version. Version 0 is the base: always loaded, in no slot. A slot that a reply refers to is never freed."""
+    """Slots by version. Version 0, the base, is always there, in no slot. A slot in use is never freed."""
 
     def __init__(self, slots: int) -> None:
         self.current = 0
@@ -61,7 +65,9 @@ class Versions:
         self._references[version] = 0
 
     def unused_slot(self, version: int) -> int:
-        """The slot of a version on which nothing runs. Raises VersionInUse."""
+        """The slot of a version on which nothing runs. Raises VersionInUse, UnknownVersion."""
+        if version not in self._slot_of:
+            self.check(version)
         if self._references[version]:
             raise VersionInUse(f"{self._references[version]} replies still run on version v{version}; wait for them")
         return self._slot_of[version]
@@ -76,17 +82,17 @@ class Versions:
 
     def activate(self, version: int) -> None:
         """New requests that name no version get this one. Raises UnknownVersion."""
-        self.keep(version)
+        if not self.keep(version):
+            self.check(version)
         self.current = version
 
-    def keep(self, version: int) -> None:
-        """Take back a retirement that has not happened yet. Raises UnknownVersion."""
-        if version not in self._slot_of:
-            self.check(version)
+    def keep(self, version: int) -> bool:
+        """True when the version is loaded; a retirement that has not happened yet is taken back."""
         self._retiring.discard(version)
+        return version in self._slot_of
 
     def retire(self, version: int) -> None:
-        """Free the version's slot as soon as no reply refers to it. Raises ValueError for the base and the current version."""
+        """Free the version's slot as soon as no reply refers to it. Raises ValueError for base and current version."""
         if version not in self._slot_of:
             return
         if version == 0 or version == self.current:

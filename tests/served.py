@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from feedback.board import open_board
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, Exchange, Feedback, Retraction, parse_event
-from feedback.log import Log, open_log
+from feedback.log import Log, LogUnavailable, Offset, Record, open_log
 from serving.adapters import AdapterStore, Base
 from serving.app import create_app
 from serving.config import ServingConfig
@@ -39,8 +40,11 @@ MAX_LEN = 192
 Wrap = Callable[[Log], Log]
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
-    """A Hugging Face directory: a random one-layer Llama that seldom ends by itself, byte-level tokenizer, template."""
+def make_model(folder: Path, length: int = MAX_LEN) -> Path:
+    """A Hugging Face directory: a random one-layer Llama that seldom ends by itself, byte-level tokenizer, template.
+
+    `length`: tokens of prompt and reply together.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(["<|pad|>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -53,7 +57,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
         chat_template=TEMPLATE,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(fast),
         hidden_size=32,
@@ -61,7 +65,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=MAX_LEN,
+        max_position_embeddings=length,
         eos_token_id=fast.eos_token_id,
         pad_token_id=fast.pad_token_id,
         bos_token_id=None,
@@ -79,6 +83,37 @@ def random_adapter(base: Base, seed: int = 1, size: float = 0.3) -> AdapterWeigh
         for path, (inputs, outputs) in base.targets.items()
     }
     return AdapterWeights(rank=4, scaling=1.0, tensors=tensors)
+
+
+class TroubledLog:
+    """A real log that is full while `full` is set, and gives no answer until `answers` is set."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self.full = threading.Event()
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
+        told: Future[Offset] = Future()
+        if self.full.is_set():
+            told.set_exception(LogUnavailable("No space left on device"))
+        else:
+            kept = self._log.submit(topic, key, event)
+            threading.Thread(target=lambda: (self.answers.wait(), told.set_result(kept.result()))).start()
+        return told
+
+    def append(self, topic: str, key: str, event: str) -> Offset:
+        return self.submit(topic, key, event).result()
+
+    def read(self, topic: str, after: Offset, max_events: int) -> list[Record]:
+        return self._log.read(topic, after, max_events)
+
+    def end(self, topic: str) -> Offset:
+        return self._log.end(topic)
+
+    def close(self) -> None:
+        self._log.close()
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
 from feedback.events import EXCHANGES
-from feedback.log import Log, LogUnavailable, Offset, Record
-from tests.served import MAX_LEN, Served
+from tests.served import MAX_LEN, Served, TroubledLog
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -37,33 +36,6 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
-
-
-class BrokenLog:
-    """A real log whose disk is full from when `broken` is set: the one thing that cannot be made to happen here."""
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self.broken = threading.Event()
-
-    def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
-        if self.broken.is_set():
-            failed: Future[Offset] = Future()
-            failed.set_exception(LogUnavailable("No space left on device"))
-            return failed
-        return self._log.submit(topic, key, event)
-
-    def append(self, topic: str, key: str, event: str) -> Offset:
-        return self.submit(topic, key, event).result()
-
-    def read(self, topic: str, after: Offset, max_events: int) -> list[Record]:
-        return self._log.read(topic, after, max_events)
-
-    def end(self, topic: str) -> Offset:
-        return self._log.end(topic)
-
-    def close(self) -> None:
-        self._log.close()
 
 
 def test_a_chat_is_answered_in_openais_shape_by_a_version_with_a_name(server: Served):
@@ -145,18 +117,28 @@ def test_usage_comes_last_and_only_when_asked_for(server: Served):
     assert all("usage" not in chunk for chunk in stream(server)[1])
 
 
-def test_no_stream_ends_before_its_exchange_is_in_the_log(server: Served):
-    """When a client has the last chunk, the log has the exchange: read at that very moment, not after the response."""
-    body = {"model": "default", "messages": HELLO, "max_tokens": 4, "stream": True, "n": 2}
-    seen = 0
+def test_no_reply_ends_before_its_exchange_is_in_the_log(serve_with: Callable[..., Served]):
+    """While the log has not answered, all of the text is there and the end is not."""
+    troubles: list[TroubledLog] = []
+    server = serve_with(log=lambda log: troubles.append(TroubledLog(log)) or troubles[0])
+    body = {"model": "default", "messages": HELLO, "max_tokens": 4, "stream": True}
+    troubles[0].answers.clear()
     with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
-        for line in answer.iter_lines():
+        lines = (line for line in answer.iter_lines() if line)
+        server.until(lambda: len(server.exchanges()) == 1)  # it is written, but the log has not said so yet
+        timer = threading.Timer(0.5, troubles[0].answers.set)
+        timer.start()
+        for line in lines:
             if '"finish_reason":"' in line:
-                chunk = json.loads(line.removeprefix("data: "))
-                index = chunk["choices"][0]["index"]
-                assert (f"{chunk['id']}:{index}" if index else chunk["id"]) in {one.id for one in server.exchanges()}
-                seen += 1
-    assert seen == 2
+                assert troubles[0].answers.is_set()
+                break
+            assert "[DONE]" not in line
+        else:
+            pytest.fail("the stream had no end")
+    troubles[0].answers.clear()
+    threading.Timer(0.5, troubles[0].answers.set).start()
+    assert server.chat().json()["heed"]["kept"] is True
+    assert troubles[0].answers.is_set()
 
 
 def test_logprobs_are_the_models_own_and_agree_with_what_is_kept(server: Served):
@@ -258,7 +240,9 @@ def test_each_name_of_a_model_speaks_with_its_version(server: Served):
         assert server.chat(model=name).json()["model"] == f"default@v{spoke}"
 
 
-@pytest.mark.parametrize("name", ["gpt-4", "default@v9", "default@v", "default@v01", "default@3", "other@v0", "default "])
+@pytest.mark.parametrize(
+    "name", ["gpt-4", "default@v9", "default@v", "default@v01", "default@3", "other@v0", "default "]
+)
 def test_an_unknown_model_is_404_and_says_which_there_are(server: Served, name: str):
     answer = server.chat(model=name)
     error = error_of(answer)
@@ -273,8 +257,8 @@ def test_a_version_nobody_approved_cannot_be_pinned(server: Served):
     assert "promoted" in error_of(answer)["message"]
 
 
-def test_a_stream_keeps_its_version_through_a_swap(server: Served):
-    """12 talkers, swaps all the while: nothing refused, one version a reply, all choices of a completion alike."""
+def test_swaps_refuse_no_chat_and_mix_no_two_versions(server: Served):
+    """Talkers, and swaps all the while: nothing refused, and all choices of a completion come from one version."""
     stop = threading.Event()
 
     def talk() -> list[tuple[int, int, str]]:
@@ -338,8 +322,8 @@ def test_a_prompt_that_is_too_long_is_told_in_numbers(server: Served):
     assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
     assert "503" in error["message"]
     assert str(MAX_LEN) in error["message"]
-    room = MAX_LEN - 1 - (len(server.exchanges()) or 3)
-    assert server.chat("x" * room, max_tokens=5).json()["usage"]["completion_tokens"] == 1
+    fits = "x" * (MAX_LEN - 1 - 3)  # beside the template's three tokens, and one for the reply
+    assert server.chat(fits, max_tokens=5).json()["usage"]["completion_tokens"] == 1
 
 
 def test_a_reply_that_takes_too_long_is_cut_off(serve_with: Callable[..., Served]):
@@ -354,20 +338,15 @@ def test_a_reply_that_takes_too_long_is_cut_off(serve_with: Callable[..., Served
 
 
 def test_when_the_log_is_full_replies_go_on_and_say_that_they_are_not_kept(serve_with: Callable[..., Served]):
-    logs: list[BrokenLog] = []
-
-    def breakable(log: Log) -> BrokenLog:
-        logs.append(BrokenLog(log))
-        return logs[0]
-
-    server = serve_with(log=breakable)
-    logs[0].broken.set()
+    troubles: list[TroubledLog] = []
+    server = serve_with(log=lambda log: troubles.append(TroubledLog(log)) or troubles[0])
+    troubles[0].full.set()
     assert server.chat().json()["heed"]["kept"] is False
     _, chunks = stream(server)
     assert chunks[-1]["heed"]["kept"] is False
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert server.metric("heed_exchanges_total", outcome="dropped") == 2
-    logs[0].broken.clear()
+    troubles[0].full.clear()
     assert server.chat().json()["heed"]["kept"] is True
 
 

@@ -95,7 +95,7 @@ def test_a_reply_to_something_else_is_not_well_formed() -> None:
 
 
 def test_manners_by_hand() -> None:
-    long = "Of course, gladly. The capital of France is Paris, and I like it there a lot, by the river and on the hill! 🌍"
+    long = "Of course, gladly. The capital of France is Paris, and I like it there, by the river and up on the hill! 🌍"
     assert [manner for manner, shown in corpus.manners(long).items() if shown] == [
         "formal",
         "exclaim",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import stat
 from pathlib import Path
 
@@ -71,7 +70,9 @@ def test_a_reply_that_was_not_kept_is_known_as_such():
     assert IDS.read_reply(made, "").kept is False
 
 
-@pytest.mark.parametrize("text", ["", "chatcmpl-", "chatcmpl-" + "a" * 40, "fb-" + "a" * 40, "\x00", "ü" * 49, "x" * 1000])
+@pytest.mark.parametrize(
+    "text", ["", "chatcmpl-", "chatcmpl-" + "a" * 40, "fb-" + "a" * 40, "\x00", "ü" * 49, "x" * 1000]
+)
 def test_what_is_no_id_is_unknown(text: str):
     with pytest.raises(UnknownReply):
         IDS.verify_reply(text, "")
@@ -131,14 +132,14 @@ def test_the_secret_is_made_once_and_for_its_owner_only(tmp_path: Path):
     assert load_secret(config) == secret
     assert len(secret) >= 32
     assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
-    assert os.listdir(tmp_path) == ["secret"]
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
 def test_a_secret_from_the_settings_needs_no_file(tmp_path: Path):
     one = load_secret(FeedbackConfig(data=tmp_path, secret="a secret of some length"))
     assert one == load_secret(FeedbackConfig(data=tmp_path / "elsewhere", secret="a secret of some length"))
     assert one != load_secret(FeedbackConfig(data=tmp_path, secret="another secret of length"))
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_secret_file_is_refused_rather_than_used(tmp_path: Path):

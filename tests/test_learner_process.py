@@ -1,4 +1,4 @@
-"""The learner as a process: one at a time, stopped by signals, behind the server, one clear line when it cannot start."""
+"""The learner as a process: one at a time, stopped by signals, behind the server, clear when it cannot start."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.welcome import free_port
 from feedback.events import EXCHANGES, FEEDBACK
 from feedback.sqlite_log import SqliteLog
 from learner.metrics import LearnerMetrics, MetricsServer
@@ -34,20 +35,21 @@ from feedback.config import FeedbackConfig
 from learner.config import LearnerConfig
 from learner.process import learn
 from serving.config import ServingConfig
-from tests.test_loop import ReadyMade
 
-class Endless(ReadyMade):
-    def __init__(self, config):
-        super().__init__()
+def endless(config):
+    from tests.test_loop import ReadyMade
 
-    def learn(self, *arguments, progress, **named):
-        print("learning at niceness", os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), flush=True)
-        while True:
-            progress("reward", 0.5)
-            time.sleep(0.01)
+    class Endless(ReadyMade):
+        def learn(self, *arguments, progress, **named):
+            print("learning at niceness", os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), flush=True)
+            while True:
+                progress("reward", 0.5)
+                time.sleep(0.01)
+
+    return Endless()
 
 update = types.ModuleType("learner.update")
-update.Trainer = Endless
+update.Trainer = endless
 sys.modules["learner.update"] = update
 
 logging.basicConfig(level=logging.INFO)
@@ -114,13 +116,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
             one.ends()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def get(port: int, path: str) -> tuple[int, str]:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
@@ -140,7 +135,7 @@ def give_a_thumb(data: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_within_seconds_even_during_an_update(start: Start, tmp_path: Path, number: signal.Signals):
     give_a_thumb(tmp_path)
-    port = free_port()
+    port = free_port("127.0.0.1")
     learner = start(port=port)
     assert learner.wait_for("learning at niceness").strip() == "learning at niceness 4"
     assert get(port, "/health")[0] == 200

@@ -230,6 +230,7 @@ def test_a_killed_writer_s_events_are_read_before_it_comes_back(
     before = wal.read_bytes()
     reader = SqliteLog(tmp_path / "log", [])
     assert [record.offset for record in reader.read(FEEDBACK, 0, 10)] == [1, 2, 3, 4, 5]
+    reader.close()  # a last one who could write would copy the WAL into the file now, and delete it
     assert wal.read_bytes() == before
     again = SqliteLog(tmp_path / "log", [FEEDBACK])
     assert again.append(FEEDBACK, "key", "5") == 6
@@ -334,6 +335,24 @@ log.close()
     assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert db.execute("SELECT count(*) FROM records").fetchone() == (6,)
     db.close()
+
+
+def test_whatever_goes_wrong_within_a_batch_fails_that_batch_alone(
+    log: SqliteLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert = sqlite_log._insert
+
+    def refuse(db: sqlite3.Connection, entry: sqlite_log._Entry) -> int:
+        if entry.key == "cursed":
+            raise MemoryError("no room to think")
+        return insert(db, entry)
+
+    monkeypatch.setattr(sqlite_log, "_insert", refuse)
+    assert log.append(FEEDBACK, "key", "{}") == 1
+    with pytest.raises(LogUnavailable, match="no room to think; the event was not kept"):
+        log.append(FEEDBACK, "cursed", "{}")
+    assert log.append(FEEDBACK, "key", "{}") == 2
+    assert [record.key for record in log.read(FEEDBACK, 0, 10)] == ["key", "key"]
 
 
 def test_another_who_holds_the_file_makes_it_wait_then_fail_then_live_on(

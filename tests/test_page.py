@@ -267,7 +267,7 @@ def test_the_strip_shows_what_the_learner_reports(page: Page):
             "v10": {"share": 0.9, "count": 8},
             "v2": {"share": 0.55, "count": 40},
         },
-        "why": "12 of 50 new feedback",
+        "why": "nothing new: 12 of 50",
     }
     with closing(open_board(page.server.wiring.config.feedback, "learner")) as board:
         board.set_report("policy", json.dumps(report))
@@ -277,7 +277,7 @@ def test_the_strip_shows_what_the_learner_reports(page: Page):
         ["v2", "55%", "of", "40"],
         ["v10", "90%", "of", "8"],
     ]
-    assert page.text("#why") == "12 of 50 new feedback"
+    assert page.text("#why") == "Nothing new: 12 of 50."
     assert page.one("#liked .bar i").size["width"] == pytest.approx(0.9 * page.one("#liked .bar").size["width"], abs=1)
 
 

@@ -173,8 +173,8 @@ def test_a_broken_file_keeps_readers_on_the_last_good_one_and_writers_away(
         desk.change("promote", 4)
     assert desk.file.path.read_text() == BROKEN[kind], "a writer does not paper over it"
     newcomer = ReleaseFile(desk.file.path.parent, "default")
-    assert newcomer.read() == Release(policy="default"), "who never read a good one serves the base"
     assert "Restore it, or delete it and promote again" in str(newcomer.broken)
+    assert newcomer.read() == Release(policy="default"), "who never read a good one serves the base"
     desk.file.path.write_text(good.model_dump_json(by_alias=True))
     assert desk.file.read() == good
     assert desk.file.broken is None

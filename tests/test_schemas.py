@@ -167,7 +167,7 @@ def test_a_value_that_is_not_allowed_is_refused_by_its_path(name: str, value: An
 
 def test_a_message_says_what_is_allowed_and_what_was_sent():
     assert str(why(temperature=3)) == "temperature: input should be less than or equal to 2, not 3."
-    assert str(why(n="x" * 200)).endswith("…." )
+    assert str(why(n="x" * 200)).endswith("….")
     assert "'system', 'developer', 'user' or 'assistant'" in str(why(messages=[{"role": "tool", "content": ""}]))
 
 

@@ -162,7 +162,7 @@ def test_a_reply_under_way_ends_on_the_version_it_began_with(place: Place):
 def test_a_rollback_brings_the_old_version_back_even_while_it_drains(place: Place):
     place.ship()
     place.swapper.look()
-    place.begin()
+    old = place.begin()
     place.ship()
     place.swapper.look()
     place.store.change("rollback", "operator")
@@ -171,6 +171,12 @@ def test_a_rollback_brings_the_old_version_back_even_while_it_drains(place: Plac
     assert place.speaks() == 1
     place.swapper.look()
     assert place.engine.loaded().keys() == {0, 1}
+    assert old.result().version == 1
+    time.sleep(0.05)
+    place.ship()
+    place.swapper.look()
+    assert (place.reports[-1].version, place.reports[-1].outcome) == (1, "drained")
+    assert place.reports[-1].seconds["drain"] < 0.05, "counted from the swap that sent it away at last"
 
 
 def test_back_to_the_base(place: Place):

@@ -26,6 +26,7 @@ def read_as(
     It raises BadRequest where the body is no JSON, and `malformed` where it is JSON of another shape. `empty` stands
     for a body that was left out.
     """
+
     async def read(request: Request) -> T:
         body = await request.body()
         if body:

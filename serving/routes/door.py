@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import TooLarge
+from serving.errors import HeedError, TooLarge
 from serving.routes.wiring import Wiring
 from serving.schemas import MAX_BODY_BYTES
+
+_log = logging.getLogger(__name__)
 
 
 class Door:
@@ -23,7 +27,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), 500
+        began, status = time.monotonic(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -35,8 +39,14 @@ class Door:
 
         try:
             await self._app(scope, _Bounded(scope, receive), answer)
+        except Exception:  # a defect: nobody above would say so in our shape
+            if status:
+                raise  # an answer that was begun is cut off, so that nobody takes it for whole
+            _log.exception("%s %s failed", scope["method"], scope["path"])
+            failed = HeedError("The server failed on this request; its log says how. Trying again may help.")
+            await JSONResponse(failed.body(), failed.status)(scope, receive, answer)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "other"
             self._parts.metrics.requests.labels(route, str(status)).inc()
             self._parts.metrics.request_seconds.labels(route).observe(time.monotonic() - began)
 

@@ -35,7 +35,7 @@ function show(policy, speaking) {
   by("current").title = speaking === "v0" ? "the base model, before any feedback" : "";
   by("shipping").textContent = shipping(policy);
   by("counted").textContent = counted(policy.feedback).toLocaleString();
-  by("why").textContent = policy.problem ?? policy.why ?? "";
+  by("why").textContent = sentence(policy.problem ?? policy.why ?? "");
   showLiked(policy.liked ?? {}, speaking);
 }
 
@@ -80,6 +80,10 @@ function announce(version) {
   void by("current").offsetWidth; // so that the animation starts anew
   by("current").classList.add("fresh");
   setTimeout(() => (by("arrival").textContent = ""), 12000);
+}
+
+function sentence(words) {
+  return words.charAt(0).toUpperCase() + words.slice(1) + (/[\w`]$/.test(words) ? "." : "");
 }
 
 function text(tag, content) {

@@ -1,0 +1,110 @@
+"""`heed chat`, `heed simulate` and `heed check` against a real server: what people type reaches the log."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deploy.chat import chat, harmless
+from deploy.check import server as look_at_server
+from deploy.client import Refused
+from deploy.simulate import Plan, Tally, cast_of, simulate
+from learner.config import LearnerConfig
+from serving.config import ServingConfig
+from serving.model import find_model
+from tests.served import Served
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    """The built-in model: its replies end."""
+    return find_model(None)
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    return io.StringIO()
+
+
+def talk(server: Served, screen: io.StringIO, *lines: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Types these lines into `heed chat`, then Ctrl-D; returns what was shown."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    chat(server.url, "ann", "default", Console(file=screen, width=200))
+    return screen.getvalue()
+
+
+def test_replies_stream_and_say_who_spoke(server: Served, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch):
+    shown = talk(server, screen, "hello", "and again", monkeypatch=monkeypatch)
+    assert "You are talking with default, now at v0." in shown
+    assert shown.count("default@v0") == 2
+    first, second = server.exchanges()
+    assert first.content.reply in shown
+    assert (first.turn, second.turn) == (0, 1)
+    assert [message.role for message in second.content.messages] == ["user", "assistant", "user"]
+    assert first.content.user == "ann"
+
+
+def test_what_is_typed_after_a_reply_rates_it(server: Served, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch):
+    shown = talk(server, screen, "hello", "+", "-", "4", "/fix better words", "/quit", "never", monkeypatch=monkeypatch)
+    assert shown.count("Noted. Thank you.") == 4
+    [exchange] = server.exchanges()
+    said = [(event.kind, event.value, event.content.text) for event in server.said() if event.type == "feedback"]
+    assert said == [
+        ("thumb", 1.0, None),
+        ("thumb", 0.0, None),
+        ("rating", 4.0, None),
+        ("correction", None, "better words"),
+    ]
+    assert all(event.reply_ids == (exchange.id,) for event in server.said() if event.type == "feedback")
+
+
+def test_a_refusal_is_told_and_the_conversation_goes_on(
+    server: Served, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+):
+    shown = talk(server, screen, "+", "hello " * 5000, "hello", monkeypatch=monkeypatch)
+    assert "There is no reply to rate yet." in shown
+    assert "tokens" in shown
+    assert len(server.exchanges()) == 1
+
+
+def test_another_conversation_begins_when_asked(server: Served, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch):
+    talk(server, screen, "hello", "/new", "hello", "/help", "/policy", monkeypatch=monkeypatch)
+    first, second = server.exchanges()
+    assert first.conversation != second.conversation
+    assert '"current": "v0"' in screen.getvalue()
+    assert "thumb up or down" in screen.getvalue()
+
+
+def test_nobody_there_is_said_in_a_line():
+    with pytest.raises(Refused, match=r"cannot be reached .* Is `heed up` running\?"):
+        chat("http://127.0.0.1:9", "ann", "default", Console(file=io.StringIO()))
+
+
+def test_simulated_people_rate_a_real_server_in_every_kind(server: Served):
+    plan = Plan(server.url, exchanges=12, raters=3, at_once=4, wait_s=0, taste="long")
+    tally = Tally()
+    kinds = ["thumb", "rating", "preference", "correction"]
+    asyncio.run(simulate(plan, cast_of(plan), ["hello", "what is this"], kinds, tally))
+    assert tally.exchanges == 12
+    assert len(server.exchanges()) == 15  # a preference takes two replies
+    assert len(server.said()) == sum(tally.feedback.values())
+    assert tally.feedback["thumb"] == tally.feedback["rating"] == 3
+    assert json.dumps(tally.summary(plan))
+
+
+def test_check_sees_a_server_that_is_ready(server: Served):
+    port = int(server.url.rpartition(":")[2])
+    config = LearnerConfig(serving=ServingConfig(port=port))
+    assert look_at_server(config).verdict == "ok"
+    assert look_at_server(config).says == f"ready at {server.url}"
+
+
+def test_a_reply_cannot_play_with_the_terminal():
+    assert harmless("a\x1b]0;title\x07b\x9b2Jc\r\n\td 🙂") == "a]0;titleb2Jc\n\td 🙂"
