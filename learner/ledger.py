@@ -116,10 +116,9 @@ class Ledger:
         return self[update.number]
 
     def passed_over(self, update: Update, why: str, now: float) -> Update:
-        """Its version is not released, and its feedback is new again for the next update."""
-        with self.state.transaction() as db:
+        """Its version stays in the store and is not released. The next update learns from its feedback as from all."""
+        with self.state.transaction():
             self._close(update, "passed_over", now, why=why)
-            db.execute("UPDATE feedback SET learned_in = NULL WHERE learned_in = ?", (update.number,))
         return self[update.number]
 
     def failed(self, update: Update, why: str, now: float) -> Update:

@@ -9,6 +9,7 @@ release, and goes on from there; learner/ledger.py draws an update's life.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sqlite3
@@ -96,7 +97,7 @@ class Learner:
             except Stopped:
                 return
             except AWAY as error:
-                self.notices.waiting(error)
+                self.wait_for(error)
                 self.stopping.wait(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
                 continue
@@ -150,12 +151,19 @@ class Learner:
     def report(self) -> None:
         """Show on the board what is going on."""
         self.reported = self.clock()
-        doing = str(self.phases) if self.phases is not None else None
+        doing = str(self.phases) if self.phases else self.notices.trouble
         release, needed = self.store.release(), self.due.needed()
         now = self.reported
         self.notices.report(
             policy_report(self.state, self.ledger, release=release, now=now, needed=needed, doing=doing)
         )
+
+    def wait_for(self, error: Exception) -> None:
+        """Say what is away, wherever it can still be said."""
+        self.phases = None
+        self.notices.waiting(error)
+        with contextlib.suppress(*AWAY):
+            self.report()
 
     def begin(self) -> Update:
         """Open the next update, or the interrupted one anew."""
@@ -193,7 +201,8 @@ class Learner:
         if self.stopping.is_set():
             raise Stopped
         assert self.phases is not None
-        self.phases.enter(phase, fraction)
+        if self.phases.enter(phase, fraction):
+            _log.info("update %d: %s", self.phases.number, phase)
         if self.clock() - self.looked < BEAT_S:
             return
         try:

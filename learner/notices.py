@@ -30,7 +30,8 @@ class Notices:
         self.state = state
         self.metrics = metrics
         self._activations: Mapping[int, float] = {}
-        self._trouble: str | None = None
+        self.trouble: str | None = None
+        """What is away, while it is."""
 
     def stories(self) -> bool:
         """Tell the board what happened to feedback since the last time, or all if it was emptied; true if anything."""
@@ -79,12 +80,12 @@ class Notices:
 
     def waiting(self, error: Exception) -> None:
         """Say, once, what is away."""
-        if str(error) != self._trouble:
+        if str(error) != self.trouble:
             _log.warning("waiting, and trying again: %s", error)
-        self._trouble = str(error)
+        self.trouble = str(error)
 
     def recovered(self) -> None:
         """Say that what was away is back."""
-        if self._trouble is not None:
+        if self.trouble is not None:
             _log.info("going on: what was away is back")
-        self._trouble = None
+        self.trouble = None

@@ -15,10 +15,12 @@ class Phases:
         self.fraction = 0.0
         self.entered: dict[str, float] = {self.phase: clock()}
 
-    def enter(self, phase: str, fraction: float) -> None:
+    def enter(self, phase: str, fraction: float) -> bool:
         """The trainer is in this phase, this share of it done. Phases may come back: PPO steps follow rollouts."""
         self.phase, self.fraction = phase, fraction
+        first = phase not in self.entered
         self.entered.setdefault(phase, self.clock())
+        return first
 
     def __str__(self) -> str:
         return f"training update {self.number} ({self.phase} {self.fraction:.0%})"

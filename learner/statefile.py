@@ -48,7 +48,7 @@ CREATE TABLE feedback (
     fresh_s    REAL
 );
 CREATE INDEX feedback_by_opinion ON feedback (reply_id, user, aspect);
-CREATE INDEX feedback_by_status ON feedback (status, learned_in);
+CREATE INDEX feedback_by_status ON feedback (status, untrained, learned_in);
 
 CREATE TABLE awaited (reply_id TEXT, feedback_id TEXT, PRIMARY KEY (reply_id, feedback_id)) WITHOUT ROWID;
 CREATE INDEX awaited_by_feedback ON awaited (feedback_id);

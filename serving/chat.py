@@ -51,6 +51,9 @@ class Chat:
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self.byte_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
         """Tokens that stand for one byte each, whose text depends on the bytes around them (sentencepiece)."""
+        special = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self.special_ids = frozenset(special)
+        """Tokens that `decode` leaves out."""
 
     @classmethod
     def load(cls, model: str | Path) -> Chat:
@@ -96,13 +99,16 @@ class Detokenizer:
         self._context: list[int] = []
         self._before = ""
         self._new: list[int] = []
+        self._within_bytes = False
         self._given = 0
         """Characters of the new ids' text that were given out already."""
 
     def push(self, token_id: int) -> str:
         """The text that is certain now; often that of this id, sometimes none yet, sometimes that of several."""
         self._new.append(token_id)
-        if token_id in self._chat.byte_ids:
+        if token_id not in self._chat.special_ids and token_id < self._chat.vocab_size:
+            self._within_bytes = token_id in self._chat.byte_ids
+        if self._within_bytes:
             return ""
         text = self._text()
         certain = text.rstrip(_UNFINISHED)

@@ -50,7 +50,8 @@ _log = logging.getLogger(__name__)
 
 def serve(config: ServingConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code (serving/exits.py). A failed start says why in one line."""
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # they double what is scraped and say nothing that a rate does not
+    # they double what is scraped, and tell nothing that the totals do not
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         with contextlib.ExitStack() as held:
             prepare_folder(config.feedback.data)
@@ -59,10 +60,15 @@ def serve(config: ServingConfig) -> int:
             sockets = listen(config.host, config.port)
             address = _address(config.host, sockets[0])
             os.write(lock, f"{os.getpid()} {address}\n".encode())
-            asyncio.run(_Server(config, app, address).run(sockets))
+            server = _Server(config, app, address)
+            asyncio.run(server.run(sockets))
     except CannotStart as error:
         print(f"heed: {error}", file=sys.stderr)
         return error.code
+    if server.loading:
+        # told to stop before the model was there: the interpreter would abort at a thread that is inside torch
+        logging.shutdown()
+        os._exit(Exit.DONE)
     return Exit.DONE
 
 
@@ -88,14 +94,19 @@ class _Server(uvicorn.Server):
         self._address = address
         self._wiring: Wiring = app.state.wiring
         self._failure: BaseException | None = None
+        self._loader = threading.Thread(target=self._load, name="heed-load", daemon=True)
+
+    @property
+    def loading(self) -> bool:
+        return self._loader.is_alive()
 
     async def run(self, sockets: list[socket.socket]) -> None:  # type: ignore[override]
         """Load, serve, drain. Raises CannotStart when the model cannot be loaded."""
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         # named, both: a job started in the background of a shell begins with SIGINT ignored
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
-        threading.Thread(target=self._load, args=(loop,), name="heed-load", daemon=True).start()
+        self._loader.start()
         await self.serve(sockets)
         await self._close()
         if self._failure is not None:
@@ -117,17 +128,17 @@ class _Server(uvicorn.Server):
             self.force_exit = self.should_exit
             self.should_exit = True
 
-    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _load(self) -> None:
         """In a thread of its own: load the model and let it speak, or have the server end."""
         try:
             speaker = load_speaker(self._settings, self._wiring)
         except BaseException as error:
             self._failure = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: told to stop meanwhile
-                loop.call_soon_threadsafe(setattr, self, "should_exit", True)
+                self._loop.call_soon_threadsafe(setattr, self, "should_exit", True)
             return
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._speak, speaker)
+            self._loop.call_soon_threadsafe(self._speak, speaker)
 
     def _speak(self, speaker: Speaker) -> None:
         self._wiring.speaker = speaker
