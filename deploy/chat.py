@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import unicodedata
 from collections.abc import Iterator
@@ -99,6 +100,8 @@ def chat(url: str, user: str, model: str, console: Console) -> None:
 
 def read_line(console: Console) -> str | None:
     """The next line, None at the end of input or at Ctrl-C."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  its import gives input() arrow keys and history
     try:
         return console.input("[cyan]you>[/cyan] ").strip()
     except (EOFError, KeyboardInterrupt):

@@ -147,11 +147,11 @@ def server(config: LearnerConfig) -> Finding:
 
 
 def learner(config: LearnerConfig) -> Finding:
-    port = config.learner_metrics_port
+    host, port = config.serving.host, config.learner_metrics_port
     if port == 0:
         return Finding("learner", "warn", "cannot be asked: HEED_LEARNER_METRICS_PORT is 0", "Give it a port.")
-    url = url_of("127.0.0.1", port)
-    if answers("127.0.0.1", port, "/health"):
+    url = url_of(host, port)
+    if answers(host, port, "/health"):
         return Finding("learner", "ok", f"alive at {url}")
     return Finding("learner", "warn", f"nothing answers at {url}", "Start it: heed up (or heed learn).")
 

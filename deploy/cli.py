@@ -166,37 +166,40 @@ def list_versions(data: Data = None, as_json: AsJson = False) -> None:
 
 
 @adapters.command("show")
-def show_version(version: str, data: Data = None) -> None:
-    """All that is known of a version, as JSON: parent, feedback, update, gate, files."""
+def show_version(version: str, data: Data = None, as_json: AsJson = False) -> None:
+    """All that is known of a version, as JSON: parent, feedback, update, gate, files. --json puts it on one line."""
     from deploy import versions
 
-    print(json.dumps(versions.show(versions.store_of(settings(data=data)), versions.number(version)), indent=2))
+    shown = versions.show(versions.store_of(settings(data=data)), versions.number(version))
+    print(json.dumps(shown, indent=None if as_json else 2))
 
 
 Reason = Annotated[str, typer.Option(help="Why; kept in the release's history.")]
 
 
 @adapters.command("promote")
-def promote_version(version: str, reason: Reason = "", data: Data = None, model: Model = None) -> None:
+def promote_version(
+    version: str, reason: Reason = "", data: Data = None, model: Model = None, as_json: AsJson = False
+) -> None:
     """Serve this version from now on, gated or not (v0: the base)."""
     from deploy import versions
 
     config = settings(data=data, model=model)
     store, chosen = versions.store_of(config), versions.number(version)
     base = versions.base_of(config) if chosen else None
+    left = store.release().current
     release = store.change("promote", "operator", version=chosen, reason=reason, base=base)
-    print(f"{store.policy} serves v{release.current} (before: v{release.last_good})")
+    print(versions.changed(left, release, as_json))
 
 
 @adapters.command("rollback")
-def roll_back(reason: Reason = "", data: Data = None) -> None:
+def roll_back(reason: Reason = "", data: Data = None, as_json: AsJson = False) -> None:
     """Serve the version that was served before the current one."""
     from deploy import versions
 
     store = versions.store_of(settings(data=data))
     left = store.release().current
-    release = store.change("rollback", "operator", reason=reason)
-    print(f"{store.policy} serves v{release.current} (rolled back from v{left})")
+    print(versions.changed(left, store.change("rollback", "operator", reason=reason), as_json))
 
 
 @adapters.command("verify")
@@ -218,13 +221,14 @@ def verify_versions(
 
 
 @adapters.command("import")
-def import_adapter(folder: Path, data: Data = None, model: Model = None) -> None:
+def import_adapter(folder: Path, data: Data = None, model: Model = None, as_json: AsJson = False) -> None:
     """Make a PEFT adapter from elsewhere the next version; served to nobody until it is promoted."""
     from deploy import versions
 
     config = settings(data=data, model=model)
     version = versions.store_of(config).import_adapter(folder, versions.base_of(config))
-    print(f"imported as v{version}; to serve it: heed adapters promote v{version}")
+    told = f"imported as v{version}; to serve it: heed adapters promote v{version}"
+    print(json.dumps({"version": f"v{version}"}) if as_json else told)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ class Supervisor:
             return
         self.exit_code = exit_code
         self.stopping.set()
+        self.say("heed", "stopping; once more, and it stops at once")
         self._send(signal.SIGTERM)
         asyncio.get_running_loop().call_later(self.timing.stop, self._send, signal.SIGKILL)
 

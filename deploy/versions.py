@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 from pathlib import Path
@@ -96,6 +97,15 @@ def verify(store: AdapterStore, versions: list[int], base: Base) -> dict[str, st
         except BadAdapter as error:
             problems[name(version)] = str(error)
     return problems
+
+
+def changed(left: int, release: Release, as_json: bool) -> str:
+    """What a change did, for people or programs."""
+    if as_json:
+        return json.dumps({"current": name(release.current), "before": name(left), "generation": release.generation})
+    if left == release.current:
+        return f"{release.policy} serves {name(left)} already"
+    return f"{release.policy} serves {name(release.current)} (before: {name(left)})"
 
 
 def name(version: int) -> str:

@@ -82,7 +82,7 @@ def welcome(config: LearnerConfig, port: int, console: Console) -> None:
         "page": f"{url}/",
         "API": f"{url}/v1   (base_url of any OpenAI client)",
         "server": f"{url}/metrics",
-        "learner": f"{url_of('127.0.0.1', config.learner_metrics_port)}/metrics",
+        "learner": f"{url_of(config.serving.host, config.learner_metrics_port)}/metrics",
         "data": str(config.serving.feedback.data.absolute()),
     }
     if not config.learner_metrics_port:

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +40,11 @@ class Size:
     heads: int = 4
     kv_heads: int = 2
     feed_forward: int = 512
-    vocabulary: int = 2048  # entries, special tokens included
-    steps: int = 1600
+    vocabulary: int = 3072  # entries, special tokens included
+    steps: int = 2400
     tokens: int = 3072  # a step, padding included
-    lr: float = 0.01  # the peak, Muon's
-    lr_embeddings: float = 0.006  # the peak, AdamW's: embeddings and norms
+    lr: float = 0.012  # the peak, Muon's
+    lr_embeddings: float = 0.008  # the peak, AdamW's: embeddings and norms
     tokenizer_chats: int = 30_000  # conversations the tokenizer is made from
     pool: int = 4096  # conversations sorted by length together, so that little is padding
 
@@ -95,6 +96,7 @@ def train(
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(_config(tokenizer, size))
+    model.set_attn_implementation("eager")  # on short rows its backward pass is faster than the fused one
     model.train()
     optimisers = _optimisers(model, size)
     batches = _batches(tokenizer, chats, size, random.Random(seed))
@@ -230,6 +232,8 @@ def _save(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
 def _swap(made: Path, out: Path) -> None:
     """Put `made` in the place of `out`; the old one goes only when the new one stands."""
     made.chmod(0o755)
+    for file in made.iterdir():
+        file.chmod(0o644)  # safetensors writes for its owner only
     if out.exists():
         old = made.with_name(made.name + "-old")
         out.rename(old)
@@ -239,21 +243,12 @@ def _swap(made: Path, out: Path) -> None:
         made.rename(out)
 
 
-class _bar:  # noqa: N801
-    """A rich progress bar as a context that gives the `progress` function."""
-
-    def __enter__(self) -> Progressed:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._progress.start()
-        self._task = self._progress.add_task("corpus", total=None)
-        return self._draw
-
-    def _draw(self, what: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=what, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+@contextmanager
+def _bar() -> Iterator[Progressed]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("corpus", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def main() -> None:

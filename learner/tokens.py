@@ -92,7 +92,8 @@ def _chat(line: str, where: str) -> Chat:
 def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> list[tuple[list[int], list[float]]]:
     """Token ids of each chat as the template lays them out, and each token's weight in the loss.
 
-    What the assistant says counts fully; what others say a little, for the sake of the words in it.
+    What the assistant says counts fully; what others say a little, for the sake of the words in it. What is longer than
+    the model's reach is cut into pieces.
     """
     flat = [message["content"].strip() for chat in chats for message in chat]
     pieces = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
@@ -108,5 +109,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> list[tu
                 weights.append(0.0)
             ids += said
             weights += [0.05 if message["role"] in ("system", "user") else 1.0] * len(said)
-        rows.append((ids[:MAX_LENGTH], weights[:MAX_LENGTH]))
+        cuts = range(0, len(ids), MAX_LENGTH)
+        rows += [(ids[cut : cut + MAX_LENGTH], weights[cut : cut + MAX_LENGTH]) for cut in cuts]
     return rows

@@ -257,14 +257,18 @@ def test_a_version_nobody_approved_cannot_be_pinned(server: Served):
     assert "promoted" in error_of(answer)["message"]
 
 
-def test_swaps_refuse_no_chat_and_mix_no_two_versions(server: Served):
-    """Talkers, and swaps all the while: nothing refused, and all choices of a completion come from one version."""
+def test_swaps_refuse_no_chat_and_mix_no_two_versions(serve_with: Callable[..., Served]):
+    """Talkers, and swaps all the while: nothing refused, and all choices of a completion come from one version.
+
+    There are more choices than rows, so that swaps fall between the admissions of one completion's choices.
+    """
+    server = serve_with(max_rows=2)
     stop = threading.Event()
 
     def talk() -> list[tuple[int, int, str]]:
         seen = []
         while not stop.is_set():
-            answer = server.chat(n=2, max_tokens=20, heed={"ignore_eos": True})
+            answer = server.chat(n=6, max_tokens=20, heed={"ignore_eos": True})
             body = answer.json()
             seen.append((answer.status_code, len(body["choices"]), body["model"]))
         return seen
@@ -274,7 +278,7 @@ def test_swaps_refuse_no_chat_and_mix_no_two_versions(server: Served):
         versions = [server.publish(seed) for seed in range(1, 5)]
         stop.set()
         seen = [one for talker in talkers for one in talker.result()]
-    assert {(status, count) for status, count, _ in seen} == {(200, 2)}
+    assert {(status, count) for status, count, _ in seen} == {(200, 6)}
     by_completion: dict[str, set[int]] = {}
     for kept in server.exchanges():
         by_completion.setdefault(kept.id.partition(":")[0], set()).add(kept.version)
@@ -394,3 +398,28 @@ def test_messages_the_template_refuses_are_a_bad_request(server: Served):
     answer = server.chat()
     assert answer.status_code == 400
     assert "roles must alternate" in error_of(answer)["message"]
+
+
+def poison(server: Served, value: float) -> None:
+    """Make every number of the model what `value` is: with NaN no reply can be sampled any more."""
+    speaker = server.wiring.speaker
+    assert speaker is not None
+    speaker.engine.model.get_parameter("model.norm.weight").data.fill_(value)
+
+
+def test_when_the_engine_fails_it_is_said_with_a_status_or_within_the_stream(server: Served):
+    body = {"model": "default", "messages": HELLO, "stream": True, "heed": {"ignore_eos": True}}
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        next(lines)
+        poison(server, float("nan"))
+        rest = [line.removeprefix("data: ") for line in lines]
+    failed = [json.loads(line)["error"] for line in rest[:-1] if '"error"' in line]
+    assert [error["type"] for error in failed] == ["server_error"]
+    assert rest[-1] == "[DONE]"
+    for more in ({}, {"n": 2}, {"stream": True}):
+        answer = server.chat(**more)
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "engine_failed")
+    assert server.exchanges() == []
+    poison(server, 1.0)
+    assert server.chat().status_code == 200

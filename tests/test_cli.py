@@ -305,8 +305,9 @@ def test_adapters_are_listed_shown_promoted_and_rolled_back_without_a_server(
     assert shown["changes"][0]["reason"] == "a friend asked"
     assert shown["changes"][0]["by"] == "operator"
 
-    assert run("rollback").strip() == "default serves v1 (rolled back from v2)"
-    assert run("promote", "v0").strip() == "default serves v0 (before: v1)"
+    assert run("rollback").strip() == "default serves v1 (before: v2)"
+    assert run("promote", "v1").strip() == "default serves v1 already"
+    assert json.loads(run("promote", "v0", "--json")) == {"current": "v0", "before": "v1", "generation": 4}
     assert store.release().current == 0
 
 

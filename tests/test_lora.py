@@ -23,6 +23,11 @@ def logits(model: PreTrainedModel, ids_BT: Tensor = IDS_BT) -> Tensor:
     return result
 
 
+def logits_of(model: PreTrainedModel, slots: Slots, chosen: list[int]) -> Tensor:
+    with slots.chosen(chosen, width=7):
+        return logits(model)
+
+
 def with_slots(model: PreTrainedModel, **adapters: AdapterWeights) -> Slots:
     slots = Slots(model, target_modules(model), count=4, rank=8)
     for name, weights in adapters.items():
@@ -47,8 +52,7 @@ def test_every_row_speaks_its_own_adapter_as_peft_would(make: Callable[[], PreTr
     assert (expected[0] - expected[3]).abs().max() > 0.1
     slots = with_slots(model, _0=one, _3=two)
     for chosen in ([0, 0, 0, 0, 0], [3, 0, BASE, 0, 3], [0, 0, 3, 3, BASE], [BASE] * 5):
-        slots.select(chosen, width=7)
-        got = logits(model)
+        got = logits_of(model, slots, chosen)
         for row, slot in enumerate(chosen):
             torch.testing.assert_close(got[row], expected[slot][row], atol=2e-5, rtol=1e-5)
 
@@ -57,8 +61,15 @@ def test_rows_on_the_base_cost_nothing(monkeypatch: pytest.MonkeyPatch):
     model = bases.llama()
     clean = logits(model)
     slots = with_slots(model, _0=bases.adapter(model))
-    slots.select([BASE] * 5, width=7)
     monkeypatch.setattr("serving.lora._add", lambda *_: pytest.fail("work for rows on the base"))
+    assert torch.equal(logits_of(model, slots, [BASE] * 5), clean)
+
+
+def test_outside_the_engine_the_model_is_the_base():
+    model = bases.llama()
+    clean = logits(model)
+    slots = with_slots(model, _0=bases.adapter(model))
+    assert not torch.equal(logits_of(model, slots, [0] * 5), clean)
     assert torch.equal(logits(model), clean)
 
 
@@ -67,11 +78,10 @@ def test_nan_in_a_slot_touches_no_other_row(chosen: list[int]):
     model = bases.llama()
     good, bad = bases.adapter(model, 1), bases.adapter(model, 2)
     slots = with_slots(model, _0=good, _1=good)
-    slots.select(chosen, width=7)
-    clean = logits(model)
+    clean = logits_of(model, slots, chosen)
     spoilt = {path: (a.clone().fill_(math.nan), b.clone().fill_(math.inf)) for path, (a, b) in bad.tensors.items()}
     slots.write(1, AdapterWeights(4, 1.0, spoilt))
-    got = logits(model)
+    got = logits_of(model, slots, chosen)
     for row, slot in enumerate(chosen):
         assert got[row].isnan().all() if slot == 1 else torch.equal(got[row], clean[row])
 
@@ -83,8 +93,8 @@ def test_scaling_per_module_is_folded_in():
     scales = dict.fromkeys(others, 2.0) | {first: 0.5}
     folded = {path: (a, b * scales[path]) for path, (a, b) in weights.tensors.items()}
     slots = with_slots(model, _0=AdapterWeights(4, scales, weights.tensors), _1=AdapterWeights(4, 1.0, folded))
-    slots.select([0, 1], width=7)
-    first_row, second_row = logits(model, IDS_BT[:1].expand(2, -1))
+    with slots.chosen([0, 1], width=7):
+        first_row, second_row = logits(model, IDS_BT[:1].expand(2, -1))
     torch.testing.assert_close(first_row, second_row, atol=1e-5, rtol=1e-5)
 
 
@@ -98,8 +108,7 @@ def test_ranks_may_differ_and_modules_may_be_missing():
         expected.get_submodule(path).weight.data += 2.0 * b @ a
     slots = with_slots(model, _0=bases.adapter(model, 9, rank=8))
     slots.write(0, AdapterWeights(8, 2.0, mixed))  # nothing of the adapter before may stay
-    slots.select([0] * 5, width=7)
-    torch.testing.assert_close(logits(model), logits(expected), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(model, slots, [0] * 5), logits(expected), atol=2e-5, rtol=1e-5)
 
 
 def test_a_cleared_slot_is_the_base():
@@ -107,8 +116,7 @@ def test_a_cleared_slot_is_the_base():
     clean = logits(model)
     slots = with_slots(model, _2=bases.adapter(model))
     slots.clear(2)
-    slots.select([2] * 5, width=7)
-    assert torch.equal(logits(model), clean)
+    assert torch.equal(logits_of(model, slots, [2] * 5), clean)
 
 
 def spoil(weights: AdapterWeights, path: str, a: Tensor, b: Tensor) -> AdapterWeights:
@@ -120,8 +128,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing():
     good = bases.adapter(model, 1)
     path = target_modules(model)[-1]
     slots = with_slots(model, _0=good)
-    slots.select([0] * 5, width=7)
-    before = logits(model)
+    before = logits_of(model, slots, [0] * 5)
     for bad, words in (
         (spoil(bases.adapter(model, 2), "lm_head", torch.zeros(4, 32), torch.zeros(320, 4)), "'lm_head'.*no slot"),
         (spoil(bases.adapter(model, 2), path, torch.zeros(4, 31), torch.zeros(32, 4)), "do not fit; expected"),
@@ -130,7 +137,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing():
     ):
         with pytest.raises(ValueError, match=words):
             slots.write(0, bad)
-        assert torch.equal(logits(model), before)
+        assert torch.equal(logits_of(model, slots, [0] * 5), before)
 
 
 def test_targets_must_be_linear_layers():
@@ -142,7 +149,6 @@ def test_removal_gives_the_model_its_own_forwards_back():
     model = bases.llama()
     clean = logits(model)
     slots = with_slots(model, _0=bases.adapter(model))
-    slots.select([0] * 5, width=7)
     with pytest.raises(ValueError, match="already carries"):
         Slots(model, target_modules(model))
     slots.remove()
@@ -159,10 +165,9 @@ def test_adapters_stay_fp32_beside_a_bf16_base():
     slots = with_slots(model, _0=weights)
     a, b = weights.tensors[path]
     for chosen in ([0, 0, 0], [0, BASE, 0]):
-        slots.select([BASE] * 3, width=2)
         base = layer(x)
-        slots.select(chosen, width=2)
-        got = layer(x)
+        with slots.chosen(chosen, width=2):
+            got = layer(x)
         assert got.dtype == torch.bfloat16
         exact = base + (2.0 * x.float() @ a.T @ b.T).to(torch.bfloat16)
         for row, slot in enumerate(chosen):
@@ -187,8 +192,8 @@ def test_flattened_tokens_still_belong_to_their_rows():
     path = target_modules(model)[0]
     layer = model.get_submodule(path)
     slots = with_slots(model, _0=bases.adapter(model))
-    slots.select([0, BASE, 0], width=4)
     x = torch.randn(3, 4, 32)
-    torch.testing.assert_close(Flattening(layer)(x), layer(x))
-    with pytest.raises(RuntimeError):  # some tokens only: whose they are cannot be known
-        layer(x.flatten(0, 1)[:5])
+    with slots.chosen([0, BASE, 0], width=4):
+        torch.testing.assert_close(Flattening(layer)(x), layer(x))
+        with pytest.raises(RuntimeError):  # some tokens only: whose they are cannot be known
+            layer(x.flatten(0, 1)[:5])

@@ -66,7 +66,9 @@ def test_1_gae_is_its_definition(seed: int, gamma: float, lam: float) -> None:
     advantages_BT, _ = ppo.gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam)
     for reply, mask_T in enumerate(mask_BT):
         rewards, values = rewards_BT[reply, mask_T].tolist(), values_BT[reply, mask_T].tolist()
-        assert advantages_BT[reply, mask_T].tolist() == pytest.approx(gae_by_loops(rewards, values, gamma, lam), abs=1e-9)
+        assert advantages_BT[reply, mask_T].tolist() == pytest.approx(
+            gae_by_loops(rewards, values, gamma, lam), abs=1e-9
+        )
     assert not advantages_BT[~mask_BT].any()
 
 
