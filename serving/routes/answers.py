@@ -12,8 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from serving.chat import Chat
 from serving.engine import Finished, Token
-from serving.errors import HeedError, ServerFailed, Unavailable
-from serving.routes.completion import Completion, Ended
+from serving.routes.completion import Completion, Ended, failure_of
 from serving.routes.logprobs import entries
 
 Json = dict[str, Any]
@@ -31,9 +30,9 @@ async def whole(completion: Completion, chat: Chat, *, logprobs: bool) -> Json:
                 ended[choice] = event
             elif logprobs:
                 said[choice] += entries(chat, event)
-    failure = _failure([end.finished for end in ended.values()])
-    if failure is not None:
-        raise failure
+    for end in ended.values():
+        if (failure := failure_of(end.finished)) is not None:
+            raise failure
     choices = [
         {
             "index": choice,
@@ -58,8 +57,8 @@ async def chunks(completion: Completion, chat: Chat, *, logprobs: bool, usage: b
         for number, event in events:
             if isinstance(event, Token):
                 told += [head | {"choices": [chunk]} for chunk in choices[number].token(event)]
-            elif event.finished.reason == "error":
-                told.append(_failed(event.finished).body())
+            elif event.finished.reason == "error" and (failure := failure_of(event.finished)):
+                told.append(failure.body())
             else:
                 finished.append(event.finished)
                 told += [head | {"choices": [chunk]} for chunk in choices[number].end(event.finished)]
@@ -161,24 +160,6 @@ def _usage(completion: Completion, finished: Sequence[Finished]) -> Json:
 def _reason(finished: Finished) -> str:
     """OpenAI knows no `abort`: to a client, a reply cut off at its deadline reached a limit."""
     return "length" if finished.reason == "abort" else finished.reason
-
-
-def _failure(finished: Sequence[Finished]) -> HeedError | None:
-    """What to say instead of an answer, where there is none."""
-    for end in finished:
-        if end.reason == "error":
-            return _failed(end)
-        if end.reason == "abort" and not end.reply_ids:
-            return Unavailable(
-                f"Nothing was said in time ({end.error or 'the reply was aborted'}). Try again when fewer people ask.",
-                code="timeout",
-                retry_after=1,
-            )
-    return None
-
-
-def _failed(finished: Finished) -> ServerFailed:
-    return ServerFailed(f"The reply could not be made: {finished.error or 'the engine failed'}. Try again.")
 
 
 def _event(body: Json) -> bytes:

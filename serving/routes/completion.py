@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from feedback.events import EXCHANGES, Exchange, ExchangeContent, FinishReason
 from feedback.log import LogUnavailable
 from serving.engine import Finished, PromptTooLong, QueueFull, Request, Stream, Token, UnknownVersion
-from serving.errors import ContextTooLong, TooManyRequests, UnknownModel
+from serving.errors import ContextTooLong, HeedError, ServerFailed, TooManyRequests, Unavailable, UnknownModel
 from serving.metrics import role_of
 from serving.routes.asked import Asked
 from serving.routes.wiring import Speaker, Wiring
@@ -34,6 +34,19 @@ class Ended:
 
 Events = list[tuple[int, Token | Ended]]
 """Each with the number of its choice."""
+
+
+def failure_of(finished: Finished) -> HeedError | None:
+    """What to say instead of a reply, where there is none."""
+    if finished.reason == "error":
+        return ServerFailed(f"The reply could not be made: {finished.error or 'the engine failed'}. Try again.")
+    if finished.reason == "abort" and not finished.reply_ids:
+        return Unavailable(
+            f"Nothing was said in time ({finished.error or 'the reply was aborted'}). Try again when fewer people ask.",
+            code="timeout",
+            retry_after=1,
+        )
+    return None
 
 
 class Completion:
@@ -83,8 +96,14 @@ class Completion:
             self._speaker.engine.cancel(stream)
 
     async def begun(self) -> None:
-        """Wait until the first event, when the version is known."""
+        """Wait until the first event, when the version is known. Raises ServerFailed, Unavailable if that is a failure.
+
+        So a stream that cannot even begin is refused with a status, not with an error inside a 200.
+        """
         choice, event = await self._arrived.get()
+        if isinstance(event, Ended) and (failure := failure_of(event.finished)) is not None:
+            self.cancel()
+            raise failure
         self._first = [(choice, event)]
         bound = self._streams[choice].version
         self.version = 0 if bound is None else bound
