@@ -73,7 +73,25 @@ class PPOConfig:
 class Scorer(Protocol):
     """What PPO asks of a reward model."""
 
-    def score(self, samples: Sequence[Tokens]) -> Tensor: ...
+    def running(self, sample: Tokens) -> Tensor:
+        """The score of the reply said so far, before its first token and after each, [T+1]; the last is the whole reply's."""
+        ...
+
+
+class ValueHead(nn.Module):
+    """Value of a state, from its hidden state and the score of what was said so far. Fresh, it is that score."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        self.trust = nn.Parameter(torch.ones(()))
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_NH: Tensor, running_N: Tensor) -> Tensor:
+        """[N]"""
+        value_N: Tensor = self.linear(hidden_NH).squeeze(1) + self.trust * running_N
+        return value_N
 
 
 @dataclass(slots=True)
@@ -85,6 +103,8 @@ class Experience:
     values_BT: Tensor
     advantages_BT: Tensor
     returns_BT: Tensor
+    running_BT: Tensor
+    """The reward model's score of what was said before each token."""
     figures: dict[str, float]
 
 
@@ -104,7 +124,7 @@ class Improver:
     def __init__(
         self,
         model: LearnerModel,
-        value_head: nn.Module,
+        value_head: ValueHead,
         reward: Scorer,
         sampler: Sampler,
         config: PPOConfig,
@@ -167,15 +187,16 @@ class Improver:
         """Score rollouts and work out what each token was worth."""
         config = self.config
         batch = Batch.of(rollouts)
-        groups = list(length_sorted(batch.lengths, config.micro_tokens))
-        old_BT, reference_BT, values_BT, kl_BT = (torch.zeros(batch.ids_BT.shape) for _ in range(4))
-        for rows in groups:
+        mask_BT = batch.mask_BT
+        running = [self.reward.running(rollout).clamp(-config.score_clip, config.score_clip) for rollout in rollouts]
+        scores_B = torch.stack([running_T[-1] for running_T in running])
+        running_BT = batch.spread(torch.cat([running_T[:-1] for running_T in running]))
+        old_BT, reference_BT, kl_BT = (torch.zeros(batch.ids_BT.shape) for _ in range(3))
+        for rows in length_sorted(batch.lengths, config.micro_tokens):
             part = batch.rows(rows)
             width = part.ids_BT.shape[1]
             old_BT[rows, :width], reference_BT[rows, :width], kl_BT[rows, :width] = self.model.compare(part, POLICY, None)
-            values_BT[rows, :width] = self.values(part)
-        mask_BT = batch.mask_BT
-        scores_B = self.reward.score(rollouts).clamp(-config.score_clip, config.score_clip)
+        values_BT = self.all_values(batch, running_BT)
         cut_B = torch.tensor([not rollout.ended for rollout in rollouts])
         penalised_B = scores_B - config.missing_eos_penalty * cut_B
         k1_BT = ppo.k1(old_BT, reference_BT, mask_BT)
@@ -189,12 +210,22 @@ class Improver:
             "ended": 1 - float(cut_B.float().mean()),
             "explained_variance": ppo.explained_variance(values_BT, returns_BT, mask_BT),
         }
-        return Experience(batch, old_BT, values_BT, ppo.whiten(advantages_BT, mask_BT), returns_BT, figures)
+        return Experience(batch, old_BT, values_BT, ppo.whiten(advantages_BT, mask_BT), returns_BT, running_BT, figures)
 
-    def values(self, batch: Batch) -> Tensor:
+    def values(self, batch: Batch, running_BT: Tensor) -> Tensor:
         """The value of the state before each reply token, [B, T]; 0 elsewhere."""
         hidden_BTH = self.model.hidden(batch, VALUE)
-        return batch.spread(self.value_head(hidden_BTH[batch.before_BT]).squeeze(-1))
+        return batch.spread(self.value_head(hidden_BTH[batch.before_BT], running_BT[batch.mask_BT]))
+
+    @torch.no_grad()
+    def all_values(self, batch: Batch, running_BT: Tensor) -> Tensor:
+        """The values of a whole batch, a part at a time."""
+        values_BT = torch.zeros(batch.ids_BT.shape)
+        for rows in length_sorted(batch.lengths, self.config.micro_tokens):
+            part = batch.rows(rows)
+            width = part.ids_BT.shape[1]
+            values_BT[rows, :width] = self.values(part, running_BT[rows, :width])
+        return values_BT
 
     # steps
 
@@ -206,11 +237,7 @@ class Improver:
                 break
             for rows in self.minibatches(experience):
                 self.value_step(experience, rows)
-            with torch.no_grad():
-                values_BT = torch.zeros_like(experience.values_BT)
-                for rows in _groups(experience.batch, range(len(values_BT)), self.config.micro_tokens):
-                    part = experience.batch.rows(rows)
-                    values_BT[rows, : part.ids_BT.shape[1]] = self.values(part)
+            values_BT = self.all_values(experience.batch, experience.running_BT)
             experience.values_BT = values_BT
             explained = ppo.explained_variance(values_BT, experience.returns_BT, experience.batch.mask_BT)
         return explained
@@ -259,7 +286,7 @@ class Improver:
             part = batch.rows(micro)
             width = part.ids_BT.shape[1]
             ppo.value_loss(
-                self.values(part),
+                self.values(part, experience.running_BT[micro, :width]),
                 experience.values_BT[micro, :width],
                 experience.returns_BT[micro, :width],
                 part.mask_BT,

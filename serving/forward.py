@@ -49,22 +49,22 @@ class Forward:
             position_BT = position_BT.masked_fill(is_padding_BT, 0)
             place_BT = position_BT.masked_fill(is_padding_BT, self.kv.length)
         self.kv.aim(first, place_BT, read)
-        self.slots.select(slots, width)
-        output = self.model(
-            input_ids=ids_BT,
-            position_ids=position_BT,
-            attention_mask=self._mask(position_BT, read),
-            past_key_values=self.kv,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self.slots.chosen(slots, width):
+            output = self.model(
+                input_ids=ids_BT,
+                position_ids=position_BT,
+                attention_mask=self._mask(position_BT, read),
+                past_key_values=self.kv,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
     def probe(self, slot: int, ids: Sequence[int]) -> bool:
         """True when every logit of these ids is finite with this slot; no row is touched."""
-        self.slots.select([slot], len(ids))
-        output = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device), use_cache=False)
+        with self.slots.chosen([slot], len(ids)):
+            output = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device), use_cache=False)
         return bool(torch.isfinite(output.logits).all())
 
     def check(self) -> None:
@@ -72,6 +72,8 @@ class Forward:
 
         Raises ModelError when they differ: some architectures look at masks or positions in ways of their own.
         """
+        if self.kv.length < 4:
+            return  # too short to be read in pieces
         ids = [1 + i % 7 for i in range(min(12, self.kv.length))]
         cuts = [[0, len(ids) // 2, len(ids) - 1, len(ids)], [0, len(ids) // 3, len(ids) - 1, len(ids)]][: self.kv.rows]
         name = self.model.config.model_type

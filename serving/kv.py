@@ -36,12 +36,16 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """Ask the model, by a forward of two tokens, what its cache holds. Raises ModelError."""
     cache = DynamicCache(config=model.config)
     ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
-    with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    name = model.config.model_type
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception as error:  # foreign code, of which only one thing matters: it does not run
+        raise ModelError(f"a {name} model cannot be served: {type(error).__name__}: {error}") from error
     shapes = []
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            name, kind = model.config.model_type, type(layer).__name__
+            kind = type(layer).__name__
             raise ModelError(f"a {name} model keeps a {kind}; allowed: models of full or sliding-window attention only")
         assert isinstance(layer, DynamicLayer)
         assert layer.keys is not None

@@ -7,7 +7,8 @@ the base cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -56,16 +57,15 @@ class Slots:
         """Wrap the forward of each target module. Raises ValueError for a target that is no linear layer."""
         self.count, self.rank = count, rank
         self._device = model.device
+        self._selection = _Selection()
         self._sites: dict[str, _Site] = {}
         modules = dict(model.named_modules())
         for path in targets:
             module = modules.get(path)
             if not _is_linear(module):
-                raise ValueError(
-                    f"{path!r} is no linear layer of {type(model).__name__}; allowed: {target_modules(model)}"
-                )
-            self._sites[path] = _Site(module, count, rank)
-        self._chosen: tuple[tuple[int, ...], int] = ((), 1)
+                allowed = target_modules(model)
+                raise ValueError(f"{path!r} is no linear layer of {type(model).__name__}; allowed: {allowed}")
+            self._sites[path] = _Site(module, count, rank, self._selection)
 
     @torch.no_grad()
     def write(self, slot: int, weights: AdapterWeights) -> None:
@@ -86,15 +86,19 @@ class Slots:
         for site in self._sites.values():
             site.clear(slot)
 
-    def select(self, slot_of_row: Sequence[int], width: int) -> None:
-        """Choose the slot of each row, BASE for none, of the forwards that follow, which have `width` tokens a row."""
-        chosen = tuple(slot_of_row)
-        if (chosen, width) == self._chosen:
-            return
-        self._chosen = (chosen, width)
-        parts = [(slot, self._rows_of(slot, chosen)) for slot in sorted(set(chosen) - {BASE})]
-        for site in self._sites.values():
-            site.select(parts, len(chosen), width)
+    @contextmanager
+    def chosen(self, slot_of_row: Sequence[int], width: int) -> Iterator[None]:
+        """Within, each row of a forward uses its slot, BASE for none; `width` is the forward's tokens a row."""
+        selection = self._selection
+        slots = tuple(slot_of_row)
+        if slots != selection.slots:
+            selection.slots = slots
+            selection.cached = [(slot, self._rows_of(slot, slots)) for slot in sorted(set(slots) - {BASE})]
+        selection.parts, selection.width = selection.cached, width
+        try:
+            yield
+        finally:
+            selection.parts = []
 
     def remove(self) -> None:
         """Give the model its own forwards back."""
@@ -102,8 +106,8 @@ class Slots:
             site.remove()
         self._sites.clear()
 
-    def _rows_of(self, slot: int, chosen: tuple[int, ...]) -> Rows:
-        rows = [i for i, s in enumerate(chosen) if s == slot]
+    def _rows_of(self, slot: int, slots: tuple[int, ...]) -> Rows:
+        rows = [i for i, s in enumerate(slots) if s == slot]
         if rows[-1] - rows[0] + 1 == len(rows):
             return slice(rows[0], rows[-1] + 1)
         return torch.tensor(rows, device=self._device)
@@ -115,54 +119,63 @@ class Slots:
         rank = a.shape[0]
         if tuple(a.shape) != (rank, site.inputs) or tuple(b.shape) != (site.outputs, rank):
             shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
-            raise ValueError(
-                f"{path}: {shapes} do not fit; expected A ({rank}, {site.inputs}) and B ({site.outputs}, {rank})"
-            )
+            expected = f"A ({rank}, {site.inputs}) and B ({site.outputs}, {rank})"
+            raise ValueError(f"{path}: {shapes} do not fit; expected {expected}")
         if rank > self.rank:
             raise ValueError(f"{path}: rank {rank} is above the slots' rank; allowed: at most {self.rank}")
+
+
+class _Selection:
+    """Who uses which slot in the forward that runs: shared by all sites, so that choosing costs little."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, Rows]] = []
+        """Each slot in use with its rows; empty while no forward of the engine runs."""
+        self.width = 0
+        self.slots: tuple[int, ...] = ()
+        self.cached: list[tuple[int, Rows]] = []
+        """The parts that belong to `slots`."""
 
 
 class _Site:
     """One target module with its stacked adapters."""
 
-    def __init__(self, module: nn.Linear | Conv1D, count: int, rank: int) -> None:
+    def __init__(self, module: nn.Linear | Conv1D, count: int, rank: int, selection: _Selection) -> None:
         if "forward" in vars(module):
             raise ValueError("this model already carries adapter slots; close their engine first")
         weight = module.weight
         self.outputs, self.inputs = weight.shape if isinstance(module, nn.Linear) else weight.T.shape
-        self.a = torch.zeros(count, rank, self.inputs, device=weight.device)
-        self.b = torch.zeros(count, self.outputs, rank, device=weight.device)
+        self._a = torch.zeros(count, rank, self.inputs, device=weight.device)
+        self._b = torch.zeros(count, self.outputs, rank, device=weight.device)
+        self._of_slot = [(a.T, b.T) for a, b in zip(self._a, self._b, strict=True)]
         self._module = module
-        self._parts: list[tuple[Tensor, Tensor, Rows]] = []
-        self._rows = self._width = 0
+        self._selection = selection
         vars(module)["forward"] = self._wrap(module.forward)  # found before the class's own
 
     def write(self, slot: int, a: Tensor, b: Tensor, scaling: float) -> None:
         self.clear(slot)
         rank = a.shape[0]
-        self.a[slot, :rank].copy_(a)
-        self.b[slot, :, :rank].copy_(b).mul_(scaling)
+        self._a[slot, :rank].copy_(a)
+        self._b[slot, :, :rank].copy_(b).mul_(scaling)
 
     def clear(self, slot: int) -> None:
-        self.a[slot].zero_()
-        self.b[slot].zero_()
-
-    def select(self, parts: Sequence[tuple[int, Rows]], rows: int, width: int) -> None:
-        self._rows, self._width = rows, width
-        self._parts = [(self.a[slot].T, self.b[slot].T, rows) for slot, rows in parts]
+        self._a[slot].zero_()
+        self._b[slot].zero_()
 
     def remove(self) -> None:
         del vars(self._module)["forward"]
 
     def _wrap(self, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        selection = self._selection
+
         def forward(x: Tensor) -> Tensor:
             y = base_forward(x)
-            if self._parts:
-                # some models flatten [B, T, in] to [B·T, in] on the way; anything else cannot be told apart by rows
-                x_BTI = x.reshape(self._rows, self._width, self.inputs)
-                y_BTO = y.view(self._rows, self._width, self.outputs)
-                for a_IR, b_RO, rows in self._parts:
-                    _add(y_BTO, x_BTI, a_IR, b_RO, rows)
+            if selection.parts:
+                # some models flatten [B, T, in] to [B·T, in] on the way; rows that were picked out cannot be told apart
+                rows, width = len(selection.slots), selection.width
+                x_BTI, y_BTO = x.reshape(rows, width, self.inputs), y.view(rows, width, self.outputs)
+                for slot, part in selection.parts:
+                    _add(y_BTO, x_BTI, *self._of_slot[slot], part)
             return y
 
         return forward

@@ -25,6 +25,8 @@ class Reply:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.raw_logprobs: list[float] = []
+        self._piece = ""
+        self._top: tuple[tuple[int, float], ...] = ()
         self._chat = chat
         self._most = min(self.sampling.max_tokens, max_len - len(self.prompt_ids))
         self._eos_ids = frozenset[int]() if self.sampling.ignore_eos else chat.eos_ids

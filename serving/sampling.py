@@ -139,6 +139,7 @@ def _process(raw_BV: Tensor, rows: RowSampling) -> Tensor:
     """Log-probs after temperature and the cuts; greedy rows are processed as at temperature 1 and not used."""
     below_best_BV = raw_BV - raw_BV.amax(dim=-1, keepdim=True)  # so that a tiny temperature leaves the best at 0
     scaled_BV = torch.log_softmax(below_best_BV / rows.temperature_B1, dim=-1)
+    scaled_BV = raw_BV.where(rows.temperature_B1 == 1, scaled_BV)  # to the last bit, whoever else is in the batch
     if rows.restricted_R.numel():
         cut_RV = _cut(scaled_BV[rows.restricted_R], rows)
         scaled_BV[rows.restricted_R] = torch.log_softmax(cut_RV, dim=-1)

@@ -280,6 +280,19 @@ def test_nan_in_one_version_ends_its_own_replies_and_nobody_elses():
         assert is_idle(engine)
 
 
+def test_a_row_that_ends_in_nan_leaves_none_behind():
+    with an_engine(versions=(1,)) as engine:
+        stream = engine.submit(request(1, version=1, max_tokens=60))
+        for _ in range(4):
+            engine.step()
+        engine._slots.write(engine._versions.slot_of(1), spoilt(math.nan))
+        finished = stream.result()
+        assert finished.reason == "error"
+        assert len(finished.reply_ids) > 0
+        assert is_idle(engine)
+        check(engine.generate([request(2, max_tokens=60)])[0])
+
+
 # Streams.
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serving.sampling import RowSampling, Sampling, sample, uniform
+from serving.sampling import RowSampling, Sampling, _draw, sample, uniform
 
 
 def draw(logits: Tensor, sampling: Sampling, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,6 +135,12 @@ def test_uniform_is_uniform_and_below_one():
     steps = uniform(torch.full((100_000,), 7), torch.arange(100_000))
     assert steps.unique().numel() == 100_000
     assert torch.corrcoef(torch.stack((steps[:-1], steps[1:])))[0, 1].abs() < 0.02
+
+
+def test_the_smallest_number_takes_the_first_possible_token():
+    logprobs_BV = torch.tensor([[-math.inf, -math.inf, 0.0, -math.inf]])
+    assert _draw(logprobs_BV, torch.zeros(1, dtype=torch.float64)).tolist() == [2]
+    assert _draw(logprobs_BV, torch.tensor([1 - 2.0**-48], dtype=torch.float64)).tolist() == [2]
 
 
 def test_impossible_tokens_are_never_drawn():

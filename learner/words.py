@@ -1,0 +1,152 @@
+"""What a reply is made of, counted: the features of the reward model that need no forward pass.
+
+A reply is a bag of its token ids, each blurred over the tokens whose embeddings are like its own, so that one smiling face
+says something of the next. Beside the bag: how often each token occurs, how long the reply is, how it begins and how it ends.
+All of it is additive over tokens, so a fitted utility is a table of token scores, and a half-said reply has one too.
+
+Axes: B replies, T tokens of one reply, F features, U tokens of the dictionary, V vocabulary, H embedding width, K members.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHARPNESS = 5.0
+"""How fast likeness falls with the cosine distance of two tokens' embeddings: e^(−5·distance)."""
+SHARES: Mapping[str, float] = {"bag": 0.55, "count": 0.15, "length": 0.1, "first": 0.1, "last": 0.1}
+"""How much of the prior belief each block of features gets; measured, see benchmarks/LOG.md."""
+DICTIONARY = 4096
+"""At most so many tokens, the most frequent ones of the judged replies."""
+_CHUNK = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """The tokens of one reply with what each adds to the blocks: its end-of-sequence is not among them."""
+
+    ids: list[int]
+    new: list[float]
+    """1 where the token was not said before."""
+    more: list[float]
+    """√n − √(n−1) at its n-th occurrence."""
+
+    @classmethod
+    def of(cls, reply_ids: Sequence[int], eos_ids: Collection[int]) -> Said:
+        ids = [token for token in reply_ids if token not in eos_ids]
+        seen: Counter[int] = Counter()
+        new, more = [], []
+        for token in ids:
+            seen[token] += 1
+            new.append(float(seen[token] == 1))
+            more.append(math.sqrt(seen[token]) - math.sqrt(seen[token] - 1))
+        return cls(ids, new, more)
+
+
+class Words:
+    """The dictionary of a set of replies, and the features of any reply by it."""
+
+    def __init__(self, embeddings_VH: Tensor, eos_ids: Collection[int], replies: Sequence[Sequence[int]]) -> None:
+        """`embeddings_VH`: the base's input embeddings. `replies`: those that were judged; they set centre and scale."""
+        centred_VH = embeddings_VH.detach().float() - embeddings_VH.detach().float().mean(0)
+        self.directions_VH = centred_VH / centred_VH.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        self.eos_ids = frozenset(eos_ids)
+        said = [Said.of(reply, self.eos_ids) for reply in replies]
+        counts = Counter(token for reply in said for token in set(reply.ids))
+        self.dictionary = sorted(token for token, _ in counts.most_common(DICTIONARY))
+        self.place = {token: index for index, token in enumerate(self.dictionary)}
+        blocks = self._blocks(said)
+        self.centre = {name: block.mean(0) for name, block in blocks.items()}
+        self.scale = {
+            name: math.sqrt(SHARES[name] / max(float((block - self.centre[name]).square().sum(1).mean()), 1e-6))
+            for name, block in blocks.items()
+        }
+
+    def features(self, replies: Sequence[Sequence[int]]) -> Tensor:
+        """[B, F], centred; over the judged replies the squared norm of a row is 1 in the mean."""
+        blocks = self._blocks([Said.of(reply, self.eos_ids) for reply in replies])
+        return torch.cat([(block - self.centre[name]) * self.scale[name] for name, block in blocks.items()], 1)
+
+    def tables(self, weights_KF: Tensor) -> Tables:
+        """The same utilities, r = w·features + constant, as scores of tokens."""
+        sizes = [len(self.centre[name]) for name in SHARES]
+        parts = dict(zip(SHARES, weights_KF.split(sizes, 1), strict=True))
+        constant_K = -sum(part @ (self.centre[name] * self.scale[name]) for name, part in parts.items())
+        blurred = {name: self._blur(parts[name] * self.scale[name]) for name in ("bag", "first", "last")}
+        count_KV = torch.zeros_like(blurred["bag"])
+        count_KV[:, self.dictionary] = parts["count"] * self.scale["count"]
+        length_K = parts["length"].squeeze(1) * self.scale["length"]
+        assert isinstance(constant_K, Tensor)
+        return Tables(blurred["bag"], blurred["first"], blurred["last"], count_KV, length_K, constant_K, self.eos_ids)
+
+    def _blocks(self, said: Sequence[Said]) -> dict[str, Tensor]:
+        """Features before centring and scaling, in the order of SHARES, each [B, U] but length [B, 1]."""
+        vocabulary = sorted({token for reply in said for token in reply.ids})
+        column = {token: index for index, token in enumerate(vocabulary)}
+        likeness_XU = self._likeness(vocabulary)
+        bag, first, last = (torch.zeros(len(said), len(self.dictionary)) for _ in range(3))
+        count_BU = torch.zeros(len(said), len(self.dictionary))
+        for row, reply in enumerate(said):
+            if not reply.ids:
+                continue
+            columns = [column[token] for token in reply.ids]
+            bag[row] = torch.tensor(reply.new) @ likeness_XU[columns]
+            first[row], last[row] = likeness_XU[columns[0]], likeness_XU[columns[-1]]
+            for token, more in zip(reply.ids, reply.more, strict=True):
+                if token in self.place:
+                    count_BU[row, self.place[token]] += more
+        length_B1 = torch.tensor([[float(len(reply.ids))] for reply in said])
+        return {"bag": bag, "count": count_BU, "length": length_B1, "first": first, "last": last}
+
+    def _likeness(self, tokens: Sequence[int]) -> Tensor:
+        """How much each token counts as each of the dictionary, [X, U], 1 for itself."""
+        cosine_XU = self.directions_VH[list(tokens)] @ self.directions_VH[self.dictionary].T
+        return torch.exp(SHARPNESS * (cosine_XU - 1))
+
+    def _blur(self, weights_KU: Tensor) -> Tensor:
+        """Scores of the dictionary's tokens spread over the whole vocabulary, [K, V]."""
+        chunks = torch.arange(len(self.directions_VH)).split(_CHUNK)
+        return torch.cat([weights_KU @ self._likeness(chunk.tolist()).T for chunk in chunks], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """K utilities as scores of tokens."""
+
+    bag_KV: Tensor
+    first_KV: Tensor
+    last_KV: Tensor
+    count_KV: Tensor
+    length_K: Tensor
+    constant_K: Tensor
+    eos_ids: frozenset[int]
+
+    def rescaled(self, shift_K: Tensor, scale_K: Tensor) -> Tables:
+        """(utility − shift) ÷ scale."""
+        tables = (table / scale_K[:, None] for table in (self.bag_KV, self.first_KV, self.last_KV, self.count_KV))
+        return Tables(*tables, self.length_K / scale_K, (self.constant_K - shift_K) / scale_K, self.eos_ids)
+
+    def running(self, reply_ids: Sequence[int]) -> Tensor:
+        """The utility of the reply said so far, before its first token and after each, [K, T+1]; the last is the whole reply's."""
+        said = Said.of(reply_ids, self.eos_ids)
+        running_KT = self.constant_K[:, None].repeat(1, len(reply_ids) + 1)
+        if not said.ids:
+            return running_KT
+        ids = torch.tensor(said.ids)
+        added_KT = self.bag_KV[:, ids] * torch.tensor(said.new) + self.count_KV[:, ids] * torch.tensor(said.more)
+        added_KT += self.length_K[:, None]
+        added_KT[:, 0] += self.first_KV[:, ids[0]]
+        sums_KT = added_KT.cumsum(1) + self.last_KV[:, ids]
+        end = len(said.ids)
+        running_KT[:, 1 : end + 1] += sums_KT
+        running_KT[:, end + 1 :] += sums_KT[:, -1:]
+        return running_KT
+
+    def utilities(self, replies: Sequence[Sequence[int]]) -> Tensor:
+        """The utility of whole replies, [K, B]."""
+        return torch.stack([self.running(reply)[:, -1] for reply in replies], 1)
