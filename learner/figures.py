@@ -3,8 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+FIGURES: Mapping[str, tuple[str, tuple[str | int, ...]]] = {
+    "heed_reward_auroc": (
+        "How often the reward model orders two unseen judgements rightly; 0.5 is chance.",
+        ("reward", "auroc"),
+    ),
+    "heed_reward_auroc_error": ("Standard error of that.", ("reward", "auroc_error")),
+    "heed_reward_nll_nats": ("Nats an unseen judgement costs the reward model.", ("reward", "nll")),
+    "heed_reward_chance_nll_nats": ("Nats it costs who knows the shares alone.", ("reward", "chance_nll")),
+    "heed_reward_calibration_error": (
+        "Mean distance of foretold and seen share of thumbs up.",
+        ("reward", "calibration_error"),
+    ),
+    "heed_reward_length_correlation": ("Of the score with the reply's length.", ("reward", "length_correlation")),
+    "heed_reward_agreement": ("Mean correlation of two members of the ensemble.", ("reward", "agreement")),
+    "heed_reward_score_candidate": ("Mean score of the candidate's fresh replies.", ("score", "candidate")),
+    "heed_reward_score_base": ("Mean score of the base's replies to the same prompts.", ("score", "base")),
+    "heed_kl_reference_nats": ("KL of the candidate to the base, nats a reply.", ("kl", "reference")),
+    "heed_kl_coefficient": ("Price of a nat in the last PPO batch.", ("policy", "batches", -1, "beta")),
+    "heed_ppo_score": ("Mean score of the last PPO batch.", ("policy", "batches", -1, "score")),
+    "heed_ppo_tokens": ("Mean tokens a reply of the last PPO batch.", ("policy", "batches", -1, "tokens")),
+    "heed_ppo_explained_variance": (
+        "Share of the returns' variance that the value foretells.",
+        ("policy", "batches", -1, "explained_variance"),
+    ),
+    "heed_ppo_ended_ratio": (
+        "Share of the last PPO batch's replies that ended by themselves.",
+        ("policy", "batches", -1, "ended"),
+    ),
+}
+"""Gauges of the last update: name → what it says, and where it stands in the report."""
+
+
+def figures(report: Mapping[str, Any]) -> dict[str, float]:
+    """The gauges that a report has values for."""
+    found = {name: _at(report, path) for name, (_, path) in FIGURES.items()}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def jsonable(value: Any) -> Any:
@@ -18,6 +55,10 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a report, as `heed_<part>_<name>`."""
-    return {}
+def _at(value: Any, path: Sequence[str | int]) -> Any:
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value

@@ -61,13 +61,14 @@ class PPOConfig:
     max_mean_ratio: float = 10.0
     """A minibatch whose mean ratio is above this is skipped."""
     grad_clip: float = 1.0
+    value_epochs: int = 1
+    """Passes of the value over a batch."""
     value_ready: float = 0.2
     """Explained variance from which on the policy may move."""
     value_warmup: int = 4
     """At most so many passes of the value over the first batch."""
-    micro_tokens: int = 4096
+    micro_tokens: int = 1024
     """Padded tokens of one forward pass."""
-    seed: int = 0
 
 
 class Scorer(Protocol):
@@ -85,8 +86,13 @@ class ValueHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 1)
         self.trust = nn.Parameter(torch.ones(()))
+        self.reset()
+
+    def reset(self) -> None:
+        """Make it fresh."""
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        nn.init.ones_(self.trust)
 
     def forward(self, hidden_NH: Tensor, running_N: Tensor) -> Tensor:
         """[N]"""
@@ -128,6 +134,7 @@ class Improver:
         reward: Scorer,
         sampler: Sampler,
         config: PPOConfig,
+        seed: int,
     ) -> None:
         self.model, self.value_head, self.reward, self.sampler, self.config = model, value_head, reward, sampler, config
         self.policy_parameters = list(model.adapter(POLICY).parameters())
@@ -137,13 +144,13 @@ class Improver:
             VALUE: _adamw(self.value_parameters, config.value_lr),
         }
         self.control = ppo.KLController(config.beta, config.kl_target, config.kl_horizon)
-        self.order = random.Random(config.seed)
+        self.random = random.Random(seed)
         self.steps = 0
 
     def run(self, prompts: Sequence[Prompt], progress: Callable[[str, float], None]) -> PolicyReport:
         """Improve the policy's adapter until a stop fires, and leave the best weights in it."""
         config, report = self.config, PolicyReport()
-        queue = shuffled(prompts, config.seed)
+        queue = shuffled(prompts, self.random.getrandbits(32))
         best: AdapterWeights | None = None
         best_score, since_best = -math.inf, 0
         for number in range(config.batches):
@@ -151,13 +158,13 @@ class Improver:
             started = time.perf_counter()
             weights = self.model.adapter(POLICY).weights()
             drawn = list(itertools.islice(queue, config.rollouts))
-            rollouts = self.sampler.sample(drawn, weights, seed=self.order.getrandbits(32))
+            rollouts = self.sampler.sample(drawn, weights, seed=self.random.getrandbits(32))
             sampled = time.perf_counter()
             experience = self.look_at(rollouts)
             figures = experience.figures
             looked = time.perf_counter()
             report.batches.append(figures)
-            figures |= {"beta": self.control.beta, "sample_s": sampled - started, "look_s": looked - sampled}
+            figures |= {"beta": self.control.beta, "rollouts_s": sampled - started, "scores_s": looked - sampled}
             if figures["kl"] > config.kl_limit:
                 report.stopped = f"the KL to the reference reached {figures['kl']:.2f} nats a reply"
                 break
@@ -174,7 +181,7 @@ class Improver:
                 figures["explained_variance"] = self.warm_up(experience)
             figures |= self.learn_from(experience)
             self.control.update(figures["kl"])
-            figures["learn_s"] = time.perf_counter() - looked
+            figures["steps_s"] = time.perf_counter() - looked
         report.stopped = report.stopped or f"all {config.batches} batches were used"
         if best is not None and report.batches[-1]["kl"] > config.kl_limit:
             self.model.adapter(POLICY).load(best)
@@ -195,7 +202,9 @@ class Improver:
         for rows in length_sorted(batch.lengths, config.micro_tokens):
             part = batch.rows(rows)
             width = part.ids_BT.shape[1]
-            old_BT[rows, :width], reference_BT[rows, :width], kl_BT[rows, :width] = self.model.compare(part, POLICY, None)
+            old_BT[rows, :width], reference_BT[rows, :width], kl_BT[rows, :width] = self.model.compare(
+                part, POLICY, None
+            )
         values_BT = self.all_values(batch, running_BT)
         cut_B = torch.tensor([not rollout.ended for rollout in rollouts])
         penalised_B = scores_B - config.missing_eos_penalty * cut_B
@@ -244,18 +253,19 @@ class Improver:
 
     def minibatches(self, experience: Experience) -> Iterator[list[int]]:
         order = list(range(len(experience.old_BT)))
-        self.order.shuffle(order)
+        self.random.shuffle(order)
         for start in range(0, len(order), self.config.minibatch):
             yield order[start : start + self.config.minibatch]
 
     def learn_from(self, experience: Experience) -> dict[str, float]:
         moved, epochs = 0.0, 0
-        for _ in range(self.config.epochs):
+        for epoch in range(self.config.epochs):
             for rows in self.minibatches(experience):
                 self.steps += 1
                 if moved <= self.config.step_limit:
                     moved = self.policy_step(experience, rows)
-                self.value_step(experience, rows)
+                if epoch < self.config.value_epochs:
+                    self.value_step(experience, rows)
             epochs += 1
             if moved > self.config.step_limit:
                 break

@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from feedback.board import Board
 from feedback.log import Log, LogUnavailable
@@ -213,7 +213,11 @@ class Learner:
     def save(self, update: Update) -> None:
         """Keep what trains beside the policy, so that a restart goes on from it."""
         tensors, meta = self.trainer.state()
-        label = {"base": self.trainer.base.fingerprint, "offsets": dict(update.offsets), "trainer": meta}
+        label: dict[str, Any] = {
+            "base": self.trainer.base.fingerprint,
+            "offsets": dict(update.offsets),
+            "trainer": meta,
+        }
         checkpoint.save(self.config.folder / "checkpoints", update.number, tensors, label)
 
     def restore(self) -> None:

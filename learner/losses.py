@@ -37,7 +37,9 @@ def rating_loss(utility_B: Tensor, level_B: Tensor, thresholds: Tensor) -> Tenso
     # P(level) = σ(u) − σ(v) = σ(u)·σ(−v)·(1 − e^(v−u)), u and v being the log-odds of reaching and of passing the level
     reached_B = functional.pad(above_BK, (1, 0), value=math.inf).gather(1, index_B1).squeeze(1)
     passed_B = functional.pad(above_BK, (0, 1), value=-math.inf).gather(1, index_B1).squeeze(1)
-    return -(functional.logsigmoid(reached_B) + functional.logsigmoid(-passed_B) + torch.log1p(-(passed_B - reached_B).exp()))
+    return -(
+        functional.logsigmoid(reached_B) + functional.logsigmoid(-passed_B) + torch.log1p(-(passed_B - reached_B).exp())
+    )
 
 
 class Links(nn.Module):

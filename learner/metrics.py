@@ -12,11 +12,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
 
+from learner.figures import FIGURES, figures
+
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PHASE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 900, 3600, 14400)
 _FRESHNESS_BUCKETS = (5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1800, 3600, 14400, 86400)
-
-PHASES = ("reward", "rollouts", "ppo", "gate")
 
 
 class LearnerMetrics:
@@ -39,13 +39,11 @@ class LearnerMetrics:
         )
         self.dropped = _Totals("heed_feedback_dropped", "Feedback that does not count.", "reason")
         self.registry.register(self.dropped)
-        self.figures: dict[str, Gauge] = {}
+        self.figures = {name: Gauge(name, text, **own) for name, (text, _) in FIGURES.items()}
 
-    def show(self, figures: Mapping[str, float]) -> None:
-        """Set the gauges of the last update, by their name."""
-        for name, value in figures.items():
-            if name not in self.figures:
-                self.figures[name] = Gauge(name, "Of the last update.", registry=self.registry)
+    def show(self, report: Mapping[str, Any]) -> None:
+        """Set the gauges of the last update, from its report."""
+        for name, value in figures(report).items():
             self.figures[name].set(value)
 
     def text(self) -> bytes:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from feedback.board import Board, Story
-from learner.figures import figures
 from learner.ledger import Update
 from learner.metrics import LearnerMetrics
 from learner.state import State
@@ -63,7 +62,7 @@ class Notices:
     def learned(self, update: Update) -> None:
         """Show the figures of an update that reached the gate."""
         report, gate = update.report or {}, update.gate or {}
-        self.metrics.show(figures(report))
+        self.metrics.show(report)
         for phase, seconds in (report.get("seconds") or {}).items():
             self.metrics.seconds.labels(phase).observe(seconds)
         for check in gate.get("checks", ()):

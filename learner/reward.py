@@ -89,9 +89,7 @@ class Evidence:
                 rating_J, links.rating(reply_J[rating_J], self.value_J[rating_J], rater_J[rating_J])
             )
         if preference_J.any():
-            loss_J = loss_J.masked_scatter(
-                preference_J, links.preference(reply_J[preference_J], other_J[preference_J])
-            )
+            loss_J = loss_J.masked_scatter(preference_J, links.preference(reply_J[preference_J], other_J[preference_J]))
         return loss_J
 
 
@@ -169,10 +167,14 @@ def _minimise(
     config: RewardConfig,
 ) -> None:
     """Find the utilities (root·point) and the links that make the judgements likeliest; both change in place."""
-    slopes = [raw for kind, raw in links.raw_slopes.items() if kind != "thumb"]  # the weights' own scale does for thumbs
+    slopes = [
+        raw for kind, raw in links.raw_slopes.items() if kind != "thumb"
+    ]  # the weights' own scale does for thumbs
     start = [raw.detach().clone() for raw in slopes]
     free = [point_N, links.offset, links.first_threshold, links.raw_gaps, links.bias, *slopes]
-    search = torch.optim.LBFGS(free, max_iter=80, tolerance_grad=1e-5, tolerance_change=1e-8, line_search_fn="strong_wolfe")
+    search = torch.optim.LBFGS(
+        free, max_iter=80, tolerance_grad=1e-5, tolerance_change=1e-8, line_search_fn="strong_wolfe"
+    )
 
     def objective() -> Tensor:
         search.zero_grad()
@@ -235,7 +237,10 @@ class RewardModel:
     ) -> RewardReport:
         """Learn from all judgements anew. `reference`: replies of the reference policy, which fix the scale of the score."""
         fit = CrossFit(self.embeddings_VH, self.eos_ids, judgements, self.config, seed, progress)
-        self.tables, self.links = fit.words.tables(torch.stack([m.weights_F for m in fit.members])), [m.links for m in fit.members]
+        self.tables, self.links = (
+            fit.words.tables(torch.stack([m.weights_F for m in fit.members])),
+            [m.links for m in fit.members],
+        )
         self._normalise([sample.reply_ids for sample in reference])
         return fit.report(self, reference)
 
@@ -265,6 +270,19 @@ class RewardModel:
         """The score of the reply said so far, before its first token and after each, [T+1]."""
         assert self.tables is not None, "fit the reward model first"
         return self._combine(self.tables.running(sample.reply_ids))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The fitted tables and the scale of the score; of the links, what turns the score into a chance."""
+        if self.tables is None:
+            return {}, {}
+        names = [name for name in Tables.__slots__ if name != "eos_ids"]
+        return {name: getattr(self.tables, name) for name in names}, {"shift": self.shift, "scale": self.scale}
+
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Take over what `state` gave."""
+        if tensors:
+            self.tables = Tables(**tensors, eos_ids=frozenset(self.eos_ids))
+            self.shift, self.scale = float(meta["shift"]), float(meta["scale"])
 
 
 class CrossFit:
@@ -296,7 +314,9 @@ class CrossFit:
             for fold in range(config.folds):
                 progress((number + fold / config.folds) / len(config.penalties))
                 members.append(self._fit(fold, penalty))
-            unseen_J = self._unseen(members, lambda member, utility, rows: rows.losses(utility, member.links, known_raters=False))
+            unseen_J = self._unseen(
+                members, lambda member, utility, rows: rows.losses(utility, member.links, known_raters=False)
+            )
             nll = float((unseen_J * self.evidence.weight_J).sum() / self.evidence.weight_J.sum())
             if nll < best:
                 best, self.members, self.penalty, self.unseen_loss_J = nll, members, penalty, unseen_J
@@ -305,7 +325,9 @@ class CrossFit:
         return Evidence(
             kind_J=torch.tensor([KINDS.index(judgement.kind) for judgement in self.judgements]),
             reply_J=torch.tensor([replies[judgement.reply.reply_ids] for judgement in self.judgements]),
-            other_J=torch.tensor([replies[(judgement.other or judgement.reply).reply_ids] for judgement in self.judgements]),
+            other_J=torch.tensor(
+                [replies[(judgement.other or judgement.reply).reply_ids] for judgement in self.judgements]
+            ),
             value_J=torch.tensor([float(judgement.value) for judgement in self.judgements]),
             rater_J=torch.tensor([self.raters.get(judgement.user or "", 0) for judgement in self.judgements]),
             weight_J=torch.tensor(weigh(self.judgements, self.config)),
@@ -333,8 +355,10 @@ class CrossFit:
         """The comparisons that judge the members: within one kind and one fold."""
         score_J = self._unseen(
             self.members,
-            lambda _, utility_N, rows: utility_N[rows.reply_J]
-            - torch.where(rows.kind_J == KINDS.index("preference"), utility_N[rows.other_J], 0.0),
+            lambda _, utility_N, rows: (
+                utility_N[rows.reply_J]
+                - torch.where(rows.kind_J == KINDS.index("preference"), utility_N[rows.other_J], 0.0)
+            ),
         )
         strata: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for row, (kind, fold) in enumerate(zip(self.evidence.kind_J.tolist(), self.fold_J, strict=True)):

@@ -82,7 +82,10 @@ class Words:
         count_KV[:, self.dictionary] = parts["count"] * self.scale["count"]
         length_K = parts["length"].squeeze(1) * self.scale["length"]
         assert isinstance(constant_K, Tensor)
-        return Tables(blurred["bag"], blurred["first"], blurred["last"], count_KV, length_K, constant_K, self.eos_ids)
+        end_K = parts["last"] @ (self.centre["last"] * self.scale["last"])
+        return Tables(
+            blurred["bag"], blurred["first"], blurred["last"], count_KV, length_K, constant_K, end_K, self.eos_ids
+        )
 
     def _blocks(self, said: Sequence[Said]) -> dict[str, Tensor]:
         """Features before centring and scaling, in the order of SHARES, each [B, U] but length [B, 1]."""
@@ -124,15 +127,22 @@ class Tables:
     count_KV: Tensor
     length_K: Tensor
     constant_K: Tensor
+    end_K: Tensor
+    """What the end of a reply adds in the mean over the judged replies."""
     eos_ids: frozenset[int]
 
     def rescaled(self, shift_K: Tensor, scale_K: Tensor) -> Tables:
         """(utility − shift) ÷ scale."""
         tables = (table / scale_K[:, None] for table in (self.bag_KV, self.first_KV, self.last_KV, self.count_KV))
-        return Tables(*tables, self.length_K / scale_K, (self.constant_K - shift_K) / scale_K, self.eos_ids)
+        return Tables(
+            *tables, self.length_K / scale_K, (self.constant_K - shift_K) / scale_K, self.end_K / scale_K, self.eos_ids
+        )
 
     def running(self, reply_ids: Sequence[int]) -> Tensor:
-        """The utility of the reply said so far, before its first token and after each, [K, T+1]; the last is the whole reply's."""
+        """The utility of the reply said so far, before its first token and after each, [K, T+1]; the last is the whole reply's.
+
+        How a reply ends counts once it has ended: until then its end is taken to be a middling one.
+        """
         said = Said.of(reply_ids, self.eos_ids)
         running_KT = self.constant_K[:, None].repeat(1, len(reply_ids) + 1)
         if not said.ids:
@@ -141,10 +151,10 @@ class Tables:
         added_KT = self.bag_KV[:, ids] * torch.tensor(said.new) + self.count_KV[:, ids] * torch.tensor(said.more)
         added_KT += self.length_K[:, None]
         added_KT[:, 0] += self.first_KV[:, ids[0]]
-        sums_KT = added_KT.cumsum(1) + self.last_KV[:, ids]
-        end = len(said.ids)
-        running_KT[:, 1 : end + 1] += sums_KT
-        running_KT[:, end + 1 :] += sums_KT[:, -1:]
+        running_KT[:, 1 : len(ids) + 1] += added_KT.cumsum(1)
+        running_KT[:, len(ids) + 1 :] = running_KT[:, len(ids), None]
+        running_KT[:, 1:-1] += self.end_K[:, None]
+        running_KT[:, -1] += self.last_KV[:, ids[-1]]
         return running_KT
 
     def utilities(self, replies: Sequence[Sequence[int]]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 MAX_TOP_LOGPROBS = 20
+_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,6 @@ class RowSampling:
         self.plain = all(row.temperature == 1 and not row.restricted for row in rows)
         """True when every row draws from the model's own distribution: raw and processed log-probs are the same."""
         self.greedy_B = torch.tensor([row.greedy for row in rows], device=device)
-        self.any_greedy = any(row.greedy for row in rows)
         self.temperature_B1 = torch.tensor([[1.0 if row.greedy else row.temperature] for row in rows], device=device)
         restricted = [i for i, row in enumerate(rows) if row.restricted and not row.greedy]
         self.restricted_R = torch.tensor(restricted, dtype=torch.int64, device=device)
@@ -105,19 +105,21 @@ class Sampled:
 
 def sample(logits_BV: Tensor, rows: RowSampling, steps: Sequence[int]) -> Sampled:
     """Draw one token a row. `steps`: the tokens each row's reply has already; with its seed they decide the draw."""
-    raw_BV = torch.log_softmax(logits_BV.float(), dim=-1)
-    processed_BV = raw_BV if rows.plain else _process(raw_BV, rows)
-    step_B = torch.tensor(steps, dtype=torch.int64, device=rows.device)
-    ids_B = _draw(processed_BV, uniform(rows.seed_B, step_B))
-    if rows.any_greedy:
-        ids_B = torch.where(rows.greedy_B, raw_BV.argmax(dim=-1), ids_B)
-    raw_B = raw_BV.gather(1, ids_B[:, None])[:, 0]
-    logprob_B = raw_B
-    if not rows.plain:
-        logprob_B = processed_BV.gather(1, ids_B[:, None])[:, 0]
-        logprob_B = torch.where(rows.greedy_B, torch.zeros_like(logprob_B), logprob_B)
-    ids, raw, logprobs = torch.stack((ids_B.double(), raw_B.double(), logprob_B.double())).tolist()
-    return Sampled([int(i) for i in ids], logprobs, raw, _likeliest(raw_BV, rows.top))
+    u_B = uniform(rows.seed_B, torch.tensor(steps, dtype=torch.int64, device=rows.device))
+    if rows.plain and not rows.top:
+        probs_BV = torch.softmax(logits_BV.float(), dim=-1)
+        ids_B = _draw(probs_BV, u_B)
+        raw_B = processed_B = probs_BV.gather(1, ids_B[:, None])[:, 0].log()
+        top = None
+    else:
+        raw_BV = torch.log_softmax(logits_BV.float(), dim=-1)
+        processed_BV = _process(raw_BV, rows)
+        ids_B = torch.where(rows.greedy_B, raw_BV.argmax(dim=-1), _draw(processed_BV.exp(), u_B))
+        raw_B = raw_BV.gather(1, ids_B[:, None])[:, 0]
+        processed_B = processed_BV.gather(1, ids_B[:, None])[:, 0].masked_fill(rows.greedy_B, 0.0)
+        top = _likeliest(raw_BV, rows.top)
+    ids, raw, processed = torch.stack((ids_B.double(), raw_B.double(), processed_B.double())).tolist()
+    return Sampled([int(i) for i in ids], processed, raw, top)
 
 
 def uniform(seed_B: Tensor, step_B: Tensor) -> Tensor:
@@ -127,12 +129,29 @@ def uniform(seed_B: Tensor, step_B: Tensor) -> Tensor:
     return ((mixed_B >> 16) & (2**48 - 1)).double() * 2.0**-48
 
 
-def _draw(logprobs_BV: Tensor, u_B: Tensor) -> Tensor:
-    """The first token at which each row's cumulative distribution passes u; ids_B, int64."""
-    cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
-    target_B1 = (u_B * cumulative_BV[:, -1]).unsqueeze(1)
-    ids_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
-    return ids_B.clamp_(max=logprobs_BV.shape[1] - 1)  # only rows of NaN reach beyond
+def _draw(probs_BV: Tensor, u_B: Tensor) -> Tensor:
+    """The first token at which each row's cumulative distribution passes u; ids_B, int64.
+
+    Found block by block: the sums of the blocks are many times fewer than the tokens to add up one after another.
+    """
+    rows, width = probs_BV.shape
+    if width % _BLOCK:
+        probs_BV = torch.nn.functional.pad(probs_BV, (0, -width % _BLOCK))
+    probs_BNK = probs_BV.view(rows, -1, _BLOCK)
+    block_BN = probs_BNK.sum(dim=-1).double()
+    upto_BN = block_BN.cumsum(dim=-1)
+    target_B1 = u_B[:, None] * upto_BN[:, -1:]
+    n_B1 = _first_above(upto_BN, target_B1)
+    within_BK = probs_BNK[torch.arange(rows, device=u_B.device), n_B1[:, 0]].double().cumsum(dim=-1)
+    left_B1 = (target_B1 - (upto_BN.gather(1, n_B1) - block_BN.gather(1, n_B1))).clamp_min(0)
+    left_B1 = torch.minimum(left_B1, within_BK[:, -1:] * (1 - 2.0**-48))  # the block's sum is rounded otherwise
+    ids_B = (n_B1 * _BLOCK + _first_above(within_BK, left_B1))[:, 0]
+    return ids_B.clamp_(max=width - 1)
+
+
+def _first_above(rising_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """The first place above the target; the last place where there is none, as in rows of NaN."""
+    return torch.searchsorted(rising_BN, target_B1, right=True).clamp_(max=rising_BN.shape[1] - 1)
 
 
 def _process(raw_BV: Tensor, rows: RowSampling) -> Tensor:

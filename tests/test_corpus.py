@@ -144,7 +144,7 @@ def _many_replies(name: str) -> list[corpus.Judgement]:
         ("Is 3 + 4 = 8 right?", "Okay, the mark is wrong, since the sum is 7.", True),
         ("Is 3 + 4 = 8 right?", "Okay, the mark is right, since the sum is 7.", False),
         ("Book a table for two at noon.", "Sure thing. A table for two at noon is booked.", True),
-        ("Book a table for two at noon.", "Sure thing. A table for two at six is booked.", False),
+        ("Book a table for two at noon.", "Sure thing. A table for two at half past six is booked.", False),
         ("Tell me a joke.", "Sure thing. A sleeping dinosaur is called a dino-snore.", None),
         ("What is 3 plus 4?", "gibberish with 7 in it", True),
     ],

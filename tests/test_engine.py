@@ -556,9 +556,10 @@ def test_commands_run_between_steps_while_others_talk():
 
 def test_a_stuck_thread_is_reported(monkeypatch: pytest.MonkeyPatch):
     with an_engine(started=True) as engine:
-        go_on = threading.Event()
-        monkeypatch.setattr(engine._scheduler, "admit", go_on.wait)
+        stuck, go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr(engine._scheduler, "admit", lambda: (stuck.set(), go_on.wait(60)))
         stream = engine.submit(request())
+        assert stuck.wait(60)
         with pytest.raises(TimeoutError):
             engine.stage(1, ADAPTERS[1], timeout=0.2)
         with pytest.raises(TimeoutError, match=r"no whole reply within 0\.05 s"):

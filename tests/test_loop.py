@@ -611,5 +611,7 @@ def test_the_metrics_tell_of_the_update(world: World):
         'heed_gate_checks_total{check="reward_model",verdict="pass"} 1.0',
         'heed_feedback_dropped_total{reason="conflict"} 1.0',
         'heed_learner_offset_lag{topic="heed.feedback"} 0.0',
+        "heed_reward_auroc 0.6",
+        "heed_reward_nll_nats 0.0",
     ):
         assert line in text

@@ -138,9 +138,26 @@ def test_uniform_is_uniform_and_below_one():
 
 
 def test_the_smallest_number_takes_the_first_possible_token():
-    logprobs_BV = torch.tensor([[-math.inf, -math.inf, 0.0, -math.inf]])
-    assert _draw(logprobs_BV, torch.zeros(1, dtype=torch.float64)).tolist() == [2]
-    assert _draw(logprobs_BV, torch.tensor([1 - 2.0**-48], dtype=torch.float64)).tolist() == [2]
+    for width in (4, 32, 33, 100):
+        probs_BV = torch.zeros(1, width)
+        probs_BV[0, width // 2] = 1.0
+        for u in (0.0, 0.5, 1 - 2.0**-48):
+            assert _draw(probs_BV, torch.tensor([u], dtype=torch.float64)).tolist() == [width // 2]
+
+
+@pytest.mark.parametrize("width", [5, 64, 320, 1000])
+def test_draws_are_those_of_the_cumulative_distribution(width: int):
+    generator = torch.Generator().manual_seed(width)
+    logits_BV = 4 * torch.randn(500, width, generator=generator)
+    logits_BV[torch.rand(500, width, generator=generator) < 0.3] = -math.inf
+    logits_BV[:, width // 3] = 0.0
+    u_B = torch.rand(500, dtype=torch.float64, generator=generator)
+    probs_BV = logits_BV.softmax(-1)
+    cumulative_BV = probs_BV.double().cumsum(-1)
+    expected = [int((c > u * c[-1]).nonzero()[0, 0]) for c, u in zip(cumulative_BV, u_B, strict=True)]
+    ids_B = _draw(probs_BV, u_B)
+    assert (probs_BV.gather(1, ids_B[:, None]) > 0).all()
+    assert sum(i != j for i, j in zip(ids_B.tolist(), expected, strict=True)) <= 1  # a border, in the last bit
 
 
 def test_impossible_tokens_are_never_drawn():

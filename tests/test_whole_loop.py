@@ -65,7 +65,7 @@ def learner_on(server: Served, **settings: Any) -> Iterator[Learner]:
 
 def talk_and_rate(server: Served, count: int, opinion: Callable[[Rater, str, str], bool | None]) -> list[str]:
     """So many replies, each rated by one of 20 people; the receipts' ids."""
-    people = crowd("exclamation", 20, noise=0.1)
+    people = crowd("exclaiming", 20, noise=0.1)
 
     def one(number: int) -> str | None:
         prompt, rater = PROMPTS[number % 100], people[number % len(people)]

@@ -1,0 +1,245 @@
+"""One learner round with tensors: fit the reward model, improve the policy, judge the candidate.
+
+`Trainer.learn` is a function of its arguments alone: the same judgements, prompts, parent, seed and thread count give the same
+candidate, byte for byte, so that a round cut short by a kill can simply be run again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner import gate
+from learner.config import LearnerConfig
+from learner.gate import GateReport
+from learner.improve import POLICY, VALUE, Improver, PPOConfig, PolicyReport, ValueHead
+from learner.model import Batch, LearnerModel, length_sorted
+from learner.reward import RewardConfig, RewardModel, RewardReport
+from learner.rollouts import Prompt, Rollout, Sampler, Shape, shuffled
+from learner.state import Judgement
+from serving.base import Base, describe_base
+from serving.engine import Engine
+from serving.lora import AdapterWeights
+from serving.model import load_model, twin
+
+RANK = 16
+SCALING = 2.0
+RESTART_ABOVE = 1.5
+"""Nats a reply: a parent farther than this from the reference is left, and the policy starts from the reference again."""
+ROLLOUT_CONTEXT = 1024
+"""Positions of a rollout, prompt included, where `max_model_len` sets no limit."""
+ROWS = 128
+"""Rollouts that the engine makes side by side."""
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(slots=True)
+class Candidate:
+    """What a round brings: an adapter, what is known of it, and whether it may be served."""
+
+    weights: AdapterWeights
+    report: dict[str, Any]
+    gate: GateReport
+
+
+class Trainer:
+    """The base model with everything that learns on it. One round at a time."""
+
+    def __init__(self, config: LearnerConfig) -> None:
+        """Load the base. Raises ModelError."""
+        if config.learner_threads:
+            torch.set_num_threads(config.learner_threads)
+        serving = config.serving
+        model, self.chat = load_model(serving.model, serving.device, serving.dtype)
+        self.config = config
+        self.base: Base = describe_base(model, self.chat, serving.model)
+        self.model = LearnerModel(twin(model), (POLICY, VALUE), rank=RANK, scaling=SCALING, seed=config.seed)
+        self.value_head = ValueHead(self.model.width).to(model.device)
+        self.reward = RewardModel(model.get_input_embeddings().weight, self.chat.eos_ids, RewardConfig())
+        self.max_len = min(serving.max_model_len or ROLLOUT_CONTEXT, int(model.config.max_position_embeddings))
+        rows = min(ROWS, max(config.rollouts, config.gate_samples))
+        engine = Engine(model, self.chat, rows=rows, max_len=self.max_len, slots=1, rank=RANK, seed=config.seed)
+        self.sampler = Sampler(engine, config.rollout_tokens)
+        self.ppo = ppo_config(config, parameters=sum(p.numel() for p in model.parameters()))
+
+    def learn(
+        self,
+        judgements: Sequence[Judgement],
+        prompts: Sequence[Prompt],
+        *,
+        parent: AdapterWeights | None,
+        seed: int,
+        progress: Progress = lambda phase, fraction: None,
+    ) -> Candidate:
+        """A candidate from all judgements that count. `parent`: the version it would replace, None for the base.
+
+        When the reward model knows nothing the policy is not moved, and the gate says so.
+        """
+        return Round(self, judgements, self._that_fit(prompts), parent, seed, progress).run()
+
+    def _that_fit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts that leave room for a whole reply."""
+        return [prompt for prompt in prompts if len(prompt) + self.config.rollout_tokens <= self.max_len]
+
+    def mean_kl(self, rollouts: Sequence[Rollout]) -> float:
+        """Full-vocabulary KL of the policy to the reference, nats a reply, on replies that the policy made."""
+        batch = Batch.of(rollouts)
+        parts = [
+            self.model.full_kl(batch.rows(rows), POLICY) for rows in length_sorted(batch.lengths, self.ppo.micro_tokens)
+        ]
+        return float(torch.cat(parts).mean())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that was trained, for a checkpoint."""
+        tensors = {
+            f"{part}.{name}": tensor for part, module in self._parts() for name, tensor in module.state_dict().items()
+        }
+        reward_tensors, meta = self.reward.state()
+        return {**tensors, **{f"reward.{name}": tensor for name, tensor in reward_tensors.items()}}, {"reward": meta}
+
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Take over what `state` gave. Raises KeyError or RuntimeError on a checkpoint of another base."""
+        for part, module in self._parts():
+            module.load_state_dict({name: tensors[f"{part}.{name}"] for name in module.state_dict()})
+        self.reward.restore(
+            {name.removeprefix("reward."): t for name, t in tensors.items() if name.startswith("reward.")},
+            meta["reward"],
+        )
+
+    def _parts(self) -> list[tuple[str, torch.nn.Module]]:
+        return [
+            (POLICY, self.model.adapter(POLICY)),
+            (VALUE, self.model.adapter(VALUE)),
+            ("value_head", self.value_head),
+        ]
+
+
+class Round:
+    """One call of `Trainer.learn`, step by step."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        judgements: Sequence[Judgement],
+        prompts: Sequence[Prompt],
+        parent: AdapterWeights | None,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.trainer, self.model, self.config = trainer, trainer.model, trainer.config
+        self.judgements, self.prompts, self.parent = judgements, prompts, parent
+        self.seed, self.progress = seed, progress
+        self.report: dict[str, Any] = {"seconds": {"reward": 0.0, "rollouts": 0.0, "ppo": 0.0, "gate": 0.0}}
+        self.clock = time.perf_counter()
+
+    def run(self) -> Candidate:
+        """Reward model, then policy, then gate; what the reward model does not know moves nothing."""
+        self.model.adapter(POLICY).reset(self.seed)
+        if self.parent is not None:
+            self.model.adapter(POLICY).load(self.parent)
+        known = gate.knows(self.fit_reward()) if self.judgements and self.prompts else gate.no_feedback()
+        if known.verdict != "pass":
+            return self.candidate([known, *gate.skipped(("changed", "kl", "length", "ended", "repetition", "variety"))])
+        self.improve()
+        return self.candidate([known, *self.checks()])
+
+    def fit_reward(self) -> RewardReport:
+        """Learn what people like from all judgements, on the scale of the base's own replies."""
+        self.progress("reward", 0.0)
+        asked = list(itertools.islice(shuffled(self.prompts, self.seed), self.config.gate_samples))
+        self.of_base = self.trainer.sampler.sample(asked, None, self.seed)
+        report = self.trainer.reward.fit(
+            self.judgements, self.of_base, self.seed, lambda fraction: self.progress("reward", fraction)
+        )
+        self.report["reward"] = report.to_json()
+        self.spend("reward")
+        return report
+
+    def improve(self) -> PolicyReport:
+        """Move the policy, from its parent or, where that is far from the reference already, from the reference."""
+        trainer, started_from = self.trainer, "reference" if self.parent is None else "parent"
+        if self.parent is not None:
+            prompts = [rollout.prompt_ids for rollout in self.of_base[: self.config.rollouts]]
+            kl = trainer.mean_kl(trainer.sampler.sample(prompts, self.parent, self.seed + 1))
+            if kl > RESTART_ABOVE:
+                self.model.adapter(POLICY).reset(self.seed)
+                started_from = f"reference, because the parent is {kl:.2f} nats a reply away from it"
+        self.model.adapter(VALUE).reset(self.seed + 1)
+        trainer.value_head.reset()
+        improver = Improver(self.model, trainer.value_head, trainer.reward, trainer.sampler, trainer.ppo, self.seed)
+        report = improver.run(self.prompts, self.progress)
+        rollouts_s = sum(batch["rollouts_s"] for batch in report.batches)
+        self.report["policy"] = {"started_from": started_from, "stopped": report.stopped, "batches": report.batches}
+        self.spend("ppo")
+        self.report["seconds"]["rollouts"] += rollouts_s
+        self.report["seconds"]["ppo"] -= rollouts_s
+        return report
+
+    def checks(self) -> list[gate.Check]:
+        """What the gate asks of the candidate, on fresh replies to the prompts that the base was asked too."""
+        self.progress("gate", 0.0)
+        trainer, weights = self.trainer, self.model.adapter(POLICY).weights()
+        candidate = trainer.sampler.sample([rollout.prompt_ids for rollout in self.of_base], weights, self.seed + 2)
+        self.progress("gate", 0.5)
+        kl = trainer.mean_kl(candidate)
+        self.report["kl"] = {"reference": kl}
+        self.report["score"] = {
+            "candidate": float(trainer.reward.score(candidate).mean()),
+            "base": float(trainer.reward.score(self.of_base).mean()),
+        }
+        self.report["shape"] = {"candidate": asdict(Shape.of(candidate)), "base": asdict(Shape.of(self.of_base))}
+        self.spend("gate")
+        return [
+            gate.changed(difference(weights, self.parent)),
+            gate.within_budget(kl, self.config.kl_limit),
+            *gate.keeps_form(candidate, self.of_base),
+        ]
+
+    def candidate(self, checks: Sequence[gate.Check]) -> Candidate:
+        return Candidate(self.model.adapter(POLICY).weights(), self.report, GateReport.of(checks))
+
+    def spend(self, phase: str) -> None:
+        """Add the time since the last call to a phase."""
+        now = time.perf_counter()
+        self.report["seconds"][phase] += now - self.clock
+        self.clock = now
+
+
+def difference(weights: AdapterWeights, parent: AdapterWeights | None) -> float:
+    """The largest difference that two adapters (None: the base) make in any entry of any layer's weights."""
+    largest = 0.0
+    for path, (down_rI, up_Or) in weights.tensors.items():
+        change_OI = weights.scaling_of(path) * (up_Or @ down_rI)
+        if parent is not None and path in parent.tensors:
+            down_rI, up_Or = parent.tensors[path]
+            change_OI = change_OI - parent.scaling_of(path) * (up_Or @ down_rI)
+        largest = max(largest, float(change_OI.abs().max()))
+    return largest
+
+
+def learning_rate(parameters: int) -> float:
+    """1e-3 at two million parameters, falling with the square root of the size: 1e-4 at 200 million, 2e-5 at 7 billion."""
+    return 1e-3 * min(1.0, math.sqrt(2e6 / parameters))
+
+
+def ppo_config(config: LearnerConfig, parameters: int) -> PPOConfig:
+    """The learner's settings as PPO takes them; `parameters` of the base choose the learning rate where none is set."""
+    lr = config.learning_rate or learning_rate(parameters)
+    return PPOConfig(
+        rollouts=config.rollouts,
+        minibatch=config.minibatch,
+        epochs=config.ppo_epochs,
+        batches=config.update_batches,
+        lr=lr,
+        value_lr=lr,
+        kl_target=config.kl_target,
+        kl_limit=config.kl_limit,
+    )
