@@ -129,8 +129,8 @@ intents it answers with the nearest thing it knows. Licence: Apache-2.0, data in
 Made by `python -m learner.pretrain --out DIR --seed {seed} --steps {steps}`: {steps} steps of Muon and AdamW on
 {source}, {minutes:.0f} minutes with {threads} threads. The same seed, steps and
 threads give the same bytes on the same kind of processor. When training is done, the last norm is scaled by
-{sharpness}: sampling at temperature 1 is then as sampling the trained model at {1 / sharpness:.2f}, which keeps the full
-softmax from straying into tokens that never fit.
+{sharpness}: sampling at temperature 1 is then as sampling the trained model at {1 / sharpness:.2f}, which keeps the
+full softmax from straying into tokens that never fit.
 """
     return text if numbers is None else text + _numbers(numbers)
 

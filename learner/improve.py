@@ -6,7 +6,6 @@ Axes: B replies, T positions of a padded batch.
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,10 @@ from learner.rollouts import Prompt, Rollout, Sampler, shuffled
 from serving.lora import AdapterWeights
 
 POLICY, VALUE = "policy", "value"
+KL_AIM = 0.95
+"""Share of the KL limit that an update which overran it goes back to."""
+MIN_GAIN = 0.02
+"""Of the mean score, in standard deviations of the reference's: less is no gain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +123,6 @@ class PolicyReport:
 
     batches: list[dict[str, float]] = field(default_factory=list)
     stopped: str = ""
-    kl: float = 0.0
-    """Full-vocabulary KL to the reference, nats a reply, of the weights that were kept, on the rollouts that measured them."""
 
 
 class Improver:
@@ -137,7 +138,8 @@ class Improver:
         seed: int,
     ) -> None:
         self.model, self.value_head, self.reward, self.sampler, self.config = model, value_head, reward, sampler, config
-        self.policy_parameters = list(model.adapter(POLICY).parameters())
+        self.policy = model.adapter(POLICY)
+        self.policy_parameters = list(self.policy.parameters())
         self.value_parameters = [*model.adapter(VALUE).parameters(), *value_head.parameters()]
         self.optimisers = {
             POLICY: _adamw(self.policy_parameters, config.lr),
@@ -148,44 +150,46 @@ class Improver:
         self.steps = 0
 
     def run(self, prompts: Sequence[Prompt], progress: Callable[[str, float], None]) -> PolicyReport:
-        """Improve the policy's adapter until a stop fires, and leave the best weights in it."""
+        """Improve the policy's adapter until a stop fires, and leave the best weights within the budget in it."""
         config, report = self.config, PolicyReport()
         queue = shuffled(prompts, self.random.getrandbits(32))
-        best: AdapterWeights | None = None
-        best_score, since_best = -math.inf, 0
+        kept: AdapterWeights | None = None
         for number in range(config.batches):
             progress("rollouts", number / config.batches)
             started = time.perf_counter()
-            weights = self.model.adapter(POLICY).weights()
-            drawn = list(itertools.islice(queue, config.rollouts))
-            rollouts = self.sampler.sample(drawn, weights, seed=self.random.getrandbits(32))
+            weights = self.policy.weights()
+            rollouts = self.sampler.sample(
+                list(itertools.islice(queue, config.rollouts)), weights, self.random.getrandbits(32)
+            )
             sampled = time.perf_counter()
+            progress("ppo", number / config.batches)
             experience = self.look_at(rollouts)
-            figures = experience.figures
-            looked = time.perf_counter()
+            figures = experience.figures | {"beta": self.control.beta, "rollouts_s": sampled - started}
             report.batches.append(figures)
-            figures |= {"beta": self.control.beta, "rollouts_s": sampled - started, "scores_s": looked - sampled}
             if figures["kl"] > config.kl_limit:
                 report.stopped = f"the KL to the reference reached {figures['kl']:.2f} nats a reply"
+                self.go_back(kept, weights, report)
                 break
-            best, report.kl = weights, figures["kl"]
-            if figures["score"] > best_score + 0.02:
-                best_score, since_best = figures["score"], 0
-            else:
-                since_best += 1
-            if since_best >= config.patience:
+            kept = weights
+            if tired(report.batches, config.patience):
                 report.stopped = f"{config.patience} batches brought no reward"
                 break
-            progress("ppo", number / config.batches)
             if number == 0:
                 figures["explained_variance"] = self.warm_up(experience)
             figures |= self.learn_from(experience)
             self.control.update(figures["kl"])
-            figures["steps_s"] = time.perf_counter() - looked
-        report.stopped = report.stopped or f"all {config.batches} batches were used"
-        if best is not None and report.batches[-1]["kl"] > config.kl_limit:
-            self.model.adapter(POLICY).load(best)
+            figures["steps_s"] = time.perf_counter() - sampled
+        else:
+            report.stopped = f"all {config.batches} batches were used"
         return report
+
+    def go_back(self, kept: AdapterWeights | None, beyond: AdapterWeights, report: PolicyReport) -> None:
+        """From weights beyond the KL limit, go back towards the last ones within it, as far as the budget asks."""
+        if kept is None:
+            return
+        inside, outside = (batch["kl"] for batch in report.batches[-2:])
+        share = (KL_AIM * self.config.kl_limit - inside) / (outside - inside)
+        self.policy.load(blend(kept, beyond, min(max(share, 0.0), 1.0)))
 
     # experience
 
@@ -311,6 +315,21 @@ class Improver:
         if not skip and bool(torch.isfinite(norm)):
             optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+
+
+def tired(batches: Sequence[dict[str, float]], patience: int) -> bool:
+    """True when the last `patience` batches scored no better than the best before them."""
+    scores = [batch["score"] for batch in batches]
+    return len(scores) > patience and max(scores[-patience:]) < max(scores[:-patience]) + MIN_GAIN
+
+
+def blend(start: AdapterWeights, end: AdapterWeights, share: float) -> AdapterWeights:
+    """The weights on the straight way from one adapter to another of the same shape."""
+    tensors = {
+        path: (torch.lerp(down, end.tensors[path][0], share), torch.lerp(up, end.tensors[path][1], share))
+        for path, (down, up) in start.tensors.items()
+    }
+    return AdapterWeights(rank=start.rank, scaling=start.scaling, tensors=tensors)
 
 
 def _groups(batch: Batch, rows: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

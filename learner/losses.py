@@ -88,8 +88,8 @@ class Links(nn.Module):
     @torch.no_grad()
     def rescale(self, shift: float, scale: float) -> None:
         """Follow the utility's change to (r − shift) ÷ scale, so that no likelihood changes."""
-        self.offset += self.slope("thumb") * shift
-        self.first_threshold -= self.slope("rating") * shift
+        self.offset.add_(self.slope("thumb") * shift)
+        self.first_threshold.sub_(self.slope("rating") * shift)
         for raw in self.raw_slopes.values():
             slope = functional.softplus(raw) * scale
             raw.copy_(slope + torch.log(-torch.expm1(-slope)))  # softplus⁻¹

@@ -158,7 +158,7 @@ class LearnerModel(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False).eval()
         self.chunk_tokens = chunk_tokens
-        self.width = int(base.get_input_embeddings().weight.shape[1])
+        self.width = int(base.get_input_embeddings().get_parameter("weight").shape[1])
         self.active: str | None = None
         modules = {path: base.get_submodule(path) for path in target_modules(base)}
         self.targets = {path: _shape(module) for path, module in modules.items()}

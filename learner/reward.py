@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -182,10 +182,10 @@ def _minimise(
         loss = (evidence.losses(utility_N, links) * evidence.weight_J).sum()
         loss = loss + penalty / 2 * point_N.square().sum() + config.rater_penalty / 2 * links.bias.square().sum()
         loss = loss + sum(((raw - at).square().sum() for raw, at in zip(slopes, start, strict=True)), start=loss * 0)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    search.step(objective)  # type: ignore[no-untyped-call]
+    search.step(objective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ class RewardReport:
 class RewardModel:
     """The ensemble after a fit. Its score has mean 0 and standard deviation 1 over the reference policy's own replies."""
 
-    def __init__(self, embeddings_VH: Tensor, eos_ids: Sequence[int], config: RewardConfig) -> None:
+    def __init__(self, embeddings_VH: Tensor, eos_ids: Collection[int], config: RewardConfig) -> None:
         self.embeddings_VH, self.eos_ids, self.config = embeddings_VH, eos_ids, config
         self.tables: Tables | None = None
         self.links: list[Links] = []
@@ -291,7 +291,7 @@ class CrossFit:
     def __init__(
         self,
         embeddings_VH: Tensor,
-        eos_ids: Sequence[int],
+        eos_ids: Collection[int],
         judgements: Sequence[Judgement],
         config: RewardConfig,
         seed: int,

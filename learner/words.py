@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,10 +133,11 @@ class Tables:
 
     def rescaled(self, shift_K: Tensor, scale_K: Tensor) -> Tables:
         """(utility − shift) ÷ scale."""
-        tables = (table / scale_K[:, None] for table in (self.bag_KV, self.first_KV, self.last_KV, self.count_KV))
-        return Tables(
-            *tables, self.length_K / scale_K, (self.constant_K - shift_K) / scale_K, self.end_K / scale_K, self.eos_ids
+        bag_KV, first_KV, last_KV, count_KV = (
+            table / scale_K[:, None] for table in (self.bag_KV, self.first_KV, self.last_KV, self.count_KV)
         )
+        length_K, constant_K, end_K = self.length_K / scale_K, (self.constant_K - shift_K) / scale_K, self.end_K / scale_K
+        return Tables(bag_KV, first_KV, last_KV, count_KV, length_K, constant_K, end_K, self.eos_ids)
 
     def running(self, reply_ids: Sequence[int]) -> Tensor:
         """The utility of the reply said so far, before its first token and after each, [K, T+1]; the last is the whole reply's.

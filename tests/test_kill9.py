@@ -36,8 +36,8 @@ from serving.engine import load_model
 ROOT = Path(__file__).resolve().parent.parent
 
 # Imports everything once, then forks a child for each line it reads: a process of its own, without the seconds of
-# importing. The children run what `heed serve` and `heed learn` run; only the gate is propped open, so that versions
-# ship though people's thumbs are random here.
+# importing. The children run what `heed serve` and `heed learn` run. Only the gate is propped open, because people here
+# rate at random, and the trainer is given few judgements, so that updates take about as long as the kills are apart.
 NURSERY = """
 import dataclasses, json, logging, os, signal, sys
 import torch
@@ -50,8 +50,8 @@ torch.set_num_threads(1)
 config = load(LearnerConfig, environ={}, toml=None, flags=json.loads(sys.argv[1]))
 
 class OpenGate(update.Trainer):
-    def learn(self, *arguments, **named):
-        candidate = super().learn(*arguments, **named)
+    def learn(self, judgements, *arguments, **named):
+        candidate = super().learn(judgements[-16:], *arguments, **named)
         return dataclasses.replace(candidate, gate=dataclasses.replace(candidate.gate, passed=True))
 
 update.Trainer = OpenGate
@@ -253,6 +253,7 @@ def test_every_202_counts_once_and_no_torn_version_is_served(house: House, folde
             house.start(*doomed)
         before = len(crowd.promised)
         until(lambda: len(crowd.promised) > before + 10, "the crowd is talking again")
+        until(lambda: len(crowd.versions) > 1, "a version that the learner made speaks")
     finally:
         crowd.leave()
     crowd.until_everyone_was_heard()
