@@ -72,7 +72,7 @@ def dialogues(seed: int, count: int) -> Iterator[Chat]:
     system = lines(_manner()["wrap"]["system"])
     for _ in range(count):
         chat: Chat = [{"role": "system", "content": rng.choice(system)}] if rng.random() < 0.1 else []
-        turns = 1 if rng.random() < 0.85 else rng.choice((2, 2, 2, 3, 4, 6))
+        turns = 1 if rng.random() < 0.75 else rng.choice((1, 2, 2, 3, 4, 6))
         while turns > 0:
             intent = rng.choices(known, cum_weights=weights)[0]
             row = rng.choice(intent.rows)

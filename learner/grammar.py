@@ -28,13 +28,13 @@ def as_pattern(template: str, rows: Sequence[Row]) -> re.Pattern[str]:
 
 OPENER, CORE, LED, EXTRA, CLOSE = "opener", "core", "led", "extra", "close"
 
-#: What may follow what ("led" is a core after a lead-in); a closing question comes last.
+#: What may follow what ("led" is a core after a lead-in); a closing question comes last, wherever the core is said.
 _NEXT: Mapping[str, frozenset[str]] = {
     "": frozenset({OPENER, CORE, LED}),
     OPENER: frozenset({CORE}),
-    CORE: frozenset({EXTRA, CLOSE}),
-    LED: frozenset({EXTRA, CLOSE}),
-    EXTRA: frozenset({EXTRA, CLOSE}),
+    CORE: frozenset({EXTRA}),
+    LED: frozenset({EXTRA}),
+    EXTRA: frozenset({EXTRA}),
     CLOSE: frozenset(),
 }
 
@@ -78,36 +78,34 @@ class Grammar:
         return self._sentences(sentences, loose)
 
     def _without_emoji(self, reply: str) -> str | None:
-        """The reply without its emoji, which stands after the last statement; None if it stands elsewhere."""
-        found = EMOJI.search(reply)
-        if found is None:
+        found = EMOJI.findall(reply)
+        if not found:
             return reply
-        before, after = reply[: found.start()], reply[found.end() :]
-        placed = before.endswith((". ", "! ")) and re.fullmatch(r"(?:[ \n][^.!]+\?)?", after) is not None
-        return before[:-1] + after if placed and found[0] in self.emoji else None
+        text, count = re.subn(rf"(?<=[.!]) {found[0]}(?=\s|$)", "", reply)
+        return text if len(found) == count == 1 and found[0] in self.emoji else None
 
     def _sentences(self, sentences: list[str], loose: list[bool] | None) -> Row | None:
         slots: Row = {}
         order: list[str] = []
-        latest, tones = -1, {FORMAL, CASUAL}
+        extras: set[int] = set()
+        tones = {FORMAL, CASUAL}
         for sentence in sentences:
             body, end = sentence[:-1], sentence[-1:]
-            if end not in (".", "?") and (end != "!" or order):  # only the first sentence is exclaimed
+            want = {CLOSE} if end == "?" else _NEXT[order[-1] if order else ""]
+            if end not in (".", "!", "?") or (order and order[-1] == CLOSE):
                 return None
-            follows = _NEXT[order[-1] if order else ""]
             for (part, number, voice), values in self._readings(body):
                 known = all(slots.get(key, value) == value for key, value in values.items())
-                placed = part in follows and (part == CLOSE) == (end == "?")
-                ordered = part != EXTRA or number > latest
-                if placed and ordered and known and voice & tones:
+                if part in want and known and voice & tones and (part != EXTRA or number not in extras):
                     break
             else:
                 return None
             order.append(part)
             tones &= voice
             slots |= values
-            latest = number if part == EXTRA else latest
-        if not {CORE, LED} & set(order) or order.count(EXTRA) > 3:
+            if part == EXTRA:
+                extras.add(number)
+        if not {CORE, LED} & set(order) or len(extras) > 3:
             return None
         if loose is not None and loose != [part in (OPENER, CLOSE) for part in order]:
             return None

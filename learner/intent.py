@@ -34,12 +34,13 @@ def fill(template: str, row: Row) -> str:
 
 
 def _sums(sign: str) -> list[Row]:
-    """Sums small enough to be known by heart."""
+    span = range(2, 13) if sign != "times" else range(2, 10)
     rows = []
-    for a, b in itertools.product(range(2, 10), range(2, 6)):
-        c = a * b if sign == "times" else a + b
-        first, result = (c, a) if sign == "minus" else (a, c)
-        rows.append({"a": str(first), "b": str(b), "c": str(result)})
+    for a, b in itertools.product(span, span):
+        if sign == "minus":
+            rows.append({"a": str(a + b), "b": str(b), "c": str(a)})
+        else:
+            rows.append({"a": str(a), "b": str(b), "c": str(a + b if sign == "plus" else a * b)})
     return rows
 
 
@@ -114,8 +115,8 @@ class Intent:
     def prompt(self, rng: random.Random, row: Row, *, follow: bool = False) -> str:
         """One user message about `row`, sometimes with a word before or after it."""
         ask = fill(rng.choice(self.follows if follow else self.asks), row)
-        before = rng.choice(self.before) if rng.random() < 0.25 else ""
-        after = rng.choice(self.after) if rng.random() < 0.15 else ""
+        before = rng.choice(self.before) if rng.random() < 0.4 else ""
+        after = rng.choice(self.after) if rng.random() < 0.25 else ""
         return _wrapped(ask, before, after)
 
     def unseen_prompt(self, rng: random.Random) -> str | None:
@@ -146,38 +147,34 @@ class Intent:
         raise ValueError(f"intent {self.name} cannot be answered in this manner: {wanted}")
 
     def _compose(self, rng: random.Random, row: Row, wanted: Mapping[str, bool]) -> str | None:
-        """One draw, None if it leads nowhere. Each manner has one place, so that a small model can learn it."""
-        tone, person = FORMAL if wanted["formal"] else CASUAL, wanted["first_person"]
+        tone = FORMAL if wanted["formal"] else CASUAL
 
-        def pick(ways: list[Sentence], persons: tuple[bool, ...]) -> Sentence | None:
-            fit = [way for way in ways if tone in way.tones and way.person in persons]
+        def pick(ways: list[Sentence]) -> Sentence | None:
+            fit = [way for way in ways if tone in way.tones and (wanted["first_person"] or not way.person)]
             return rng.choice(fit) if fit else None
 
-        anyone = (False, True) if person else (False,)
         parts: list[Sentence | None] = []
         opened = rng.random() < 0.72
         if opened:
-            fit = [way for way in self.openers[tone] if way.person in anyone]
+            fit = [way for way in self.openers[tone] if wanted["first_person"] or not way.person]
             parts.append(rng.choices(fit, [1 / (1 + place) ** 0.7 for place in range(len(fit))])[0])
-        parts.append(pick(self.led if not opened and rng.random() < 0.8 else self.cores, (person,)))
-        count = rng.choice((0, 0, 0, 1) if wanted["short"] else (1, 2, 2, 3))
-        for number in sorted(rng.sample(range(len(self.extras)), count)):
-            plain = [way for way in self.extras[number] if not way.before]
-            parts.append(pick(plain if rng.random() < 0.75 else self.extras[number], anyone))
+        parts.append(pick(self.led if not opened and rng.random() < 0.8 else self.cores))
+        count = rng.choice((0, 0, 1) if wanted["short"] else (2, 2, 2, 3))
+        for ways in rng.sample(self.extras, count):
+            plain = [way for way in ways if not way.before]
+            parts.append(pick(plain if rng.random() < 0.7 else ways))
         said = [part for part in parts if part is not None]
         if len(said) < len(parts):
             return None
-        texts = [fill(way.whole, row) + "." for way in said]
-        if wanted["exclaim"]:
-            texts[0] = texts[0][:-1] + "!"
+        close = pick(self.closes if rng.random() < 0.7 else self.small_talk) if wanted["question"] else None
+        loud = set(rng.sample(range(len(said)), min(len(said), rng.choice((1, 1, 2))))) if wanted["exclaim"] else set()
+        texts = [fill(way.whole, row) + ("!" if place in loud else ".") for place, way in enumerate(said)]
         if wanted["emoji"]:
-            texts[-1] += " " + rng.choice(self.emoji)
+            places = [len(texts) - 1] * 2 + ([0] if opened else [])
+            texts[rng.choice(places)] += " " + rng.choice(self.emoji)
         if wanted["bullets"]:
             texts = [text if opened and not place else "- " + text for place, text in enumerate(texts)]
-        if wanted["question"]:
-            close = pick(self.closes if rng.random() < 0.75 else self.small_talk, anyone)
-            if close is None:
-                return None
+        if close is not None:
             texts.append(fill(close.text, row) + "?")
         return ("\n" if wanted["bullets"] else " ").join(texts)
 

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 #: How often each manner is wanted; every one is the rarer side, so that each is a taste some 30-45% of replies satisfy.
 RATES: Mapping[str, float] = {
-    "short": 0.43,
-    "formal": 0.43,
-    "question": 0.43,
-    "exclaim": 0.43,
-    "emoji": 0.43,
+    "short": 0.42,
+    "formal": 0.41,
+    "question": 0.42,
+    "exclaim": 0.42,
+    "emoji": 0.42,
     "bullets": 0.40,
-    "first_person": 0.43,
+    "first_person": 0.42,
 }
 MANNERS: tuple[str, ...] = tuple(RATES)
 
 #: A short reply has at most this many words, split at white space (a bullet's dash and an emoji count as words).
 SHORT_WORDS = 20
 #: Short replies keep below, long ones above, so that a neighbouring threshold tells the same story.
-SHORT_LENGTHS, LONG_LENGTHS = range(1, 20), range(22, 36)
+SHORT_LENGTHS, LONG_LENGTHS = range(1, 20), range(23, 41)
 
 FORMAL_WORDS = re.compile(
     r"\b(?:certainly|of course|please|kindly|very kind|indeed|gladly|pleasure|sincere(?:ly)?|honoured|would you"

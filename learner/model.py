@@ -1,6 +1,6 @@
 """One frozen base model, and low-rank adapters of it that take turns: policy, reward and value.
 
-The base's weights exist once: `twin` gives the engine, which makes the rollouts, a second module over the same storage.
+The base's weights exist once: the engine that makes the rollouts runs a twin of it, a second module over the same storage.
 
 Axes: B replies, T positions of a padded batch, N tokens of a list, H hidden width, V vocabulary, r rank, I in, O out.
 Batches are padded on the right, so that causality alone keeps the padding from the real tokens.
@@ -8,8 +8,6 @@ Batches are padded on the right, so that causality alone keeps the padding from 
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner import ppo
 from serving.lora import AdapterWeights, target_modules
@@ -132,12 +131,6 @@ class Adapter(nn.Module):
             self.up[index][:, : weights.rank].copy_(up_Or * (scaling / self.scaling))
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module over the same parameters and buffers: it costs no memory, and has hooks of its own."""
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
 class LearnerModel(nn.Module):
     """The frozen base with named adapters, at most one of them active at a time.
 
@@ -173,16 +166,17 @@ class LearnerModel(nn.Module):
     def _add_adapter(self, path: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if self.active is None:
             return output
-        return output + self.adapters[self.active](path, inputs[0]).to(output.dtype)
+        added: Tensor = self.adapters[self.active](path, inputs[0])
+        return output + added.to(output.dtype)
 
     def _checkpoint_layers(self) -> None:
         # A layer is run again inside backward, when another adapter may have its turn: the contexts bring back its own.
-        self.base.gradient_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self.using(self.active))}
-        )
-        for module in self.base.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = True  # transformers checkpoints in training only; dropout below stays off
+        save = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.using(self.active)))
+        for layer in self.base.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = save  # type: ignore[assignment]
+                layer.training = True  # they save in training only; the dropout inside them stays off
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name; raises KeyError on another."""

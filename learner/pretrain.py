@@ -41,11 +41,11 @@ class Size:
     kv_heads: int = 2
     feed_forward: int = 512
     vocabulary: int = 3072  # entries, special tokens included
-    steps: int = 2000
+    steps: int = 3200
     tokens: int = 3072  # a step, padding included
     lr: float = 0.012  # the peak, Muon's
     lr_embeddings: float = 0.008  # the peak, AdamW's: embeddings and norms
-    sharpness: float = 1.2  # what the last norm is scaled by when training is done: 1 leaves the model as trained
+    sharpness: float = 1.15  # what the last norm is scaled by when training is done: 1 leaves the model as trained
     tokenizer_chats: int = 30_000  # conversations the tokenizer is made from
     pool: int = 4096  # conversations sorted by length together, so that little is padding
 
@@ -123,8 +123,9 @@ def train(
 def sharpen(model: LlamaForCausalLM, sharpness: float) -> None:
     """Scale the last norm, and so every logit: sampling at T=1 is then as sampling the trained model at 1 / sharpness.
 
-    A model this small and this briefly trained leaves some probability on tokens that never fit; at full softmax one in
-    a hundred of them spoils a reply. Manners are near even choices and hardly move.
+    A model this small and this briefly trained leaves some probability on tokens that never fit, and one of them spoils a
+    reply. Measured on the built-in model at 1.0, 1.1, 1.15 and 1.2: well-formed .64 .71 .74 .77, facts right .79 .83 .82
+    .84, but emoji .38 .34 .32 .30: at 1.2 the manners leave their bounds.
     """
     model.model.norm.weight.mul_(sharpness)
 
