@@ -66,6 +66,7 @@ class Cell:
 
 def main() -> None:
     given = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `heed up` is stopped on the way out
     done = {(row["taste"], row["noise"], row["seed"]): row for row in read(given.results)}
     for cell in cells(given):
         if cell.key in done or given.table:

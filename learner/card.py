@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 from learner import corpus
 
 
-def measure(model_dir: Path, *, samples: int = 4000, seed: int = 0) -> dict[str, Any]:
+def measure(model_dir: Path, *, samples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """What the card reports, from `samples` replies (T=1, full softmax) to the messages of `prompts.json` in turn."""
     model = LlamaForCausalLM.from_pretrained(model_dir)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
@@ -135,8 +135,9 @@ full softmax from straying into tokens that never fit.
     return text if numbers is None else text + _numbers(numbers)
 
 
-_SHORT_OF_TARGET = """The aim, 95% well-formed, is not reached. Of 600 replies before the norm was scaled, 15% held a broken sentence, 14% only
-good sentences but one said twice, a second emoji or the like, and 6% a sentence of another intent.
+_SHORT_OF_TARGET = """The aim, 95% well-formed, is not reached. Of 600 replies before the norm was scaled, 15% held a
+broken sentence, 14% only good sentences but one said twice, a second emoji or the like, and 6% a sentence of another
+intent.
 
 """
 

@@ -216,11 +216,8 @@ _STATEMENT: Mapping[str, str] = {}
 def _led(line: str, kind: Mapping[str, str], extra: Mapping[str, str]) -> Iterator[Sentence]:
     """A sentence after each lead-in that suits it; one marked "~" is an imperative ("please mix", "just mix")."""
     for tone in (FORMAL, CASUAL):
-        if line.startswith("~"):
-            leads = extra[f"{tone}_imperative"]
-        else:
-            leads = kind.get(f"{tone}_lead") or extra[f"{tone}_statement"]
-        for lead in lines(leads):
+        statement = kind.get(f"{tone}_lead") or extra[f"{tone}_statement"]
+        for lead in lines(extra[f"{tone}_imperative"] if line.startswith("~") else statement):
             yield from spoken(lower(line.strip("~.")), lead, tone)
 
 

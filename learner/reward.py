@@ -152,7 +152,7 @@ def fit_member(features_NF: Tensor, evidence: Evidence, raters: int, penalty: fl
         weights_F = prior_F * (seen_NF.T @ beta_N)
         if not last:
             prior_F = weights_F.abs().clamp_min(1e-3 * float(weights_F.abs().max()) + 1e-12)
-            prior_F = prior_F * (size / (seen_NF.square() @ prior_F).sum())
+            prior_F = prior_F * (size / (seen_NF.square() @ prior_F).sum().clamp_min(1e-12))
     return Member(weights_F, links.requires_grad_(False))
 
 

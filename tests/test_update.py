@@ -1,0 +1,303 @@
+"""A round of the learner on tiny real models: PPO moves the policy where the score says, within its budget, repeatably."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner import checkpoint
+from learner.config import LearnerConfig
+from learner.improve import POLICY, VALUE, Improver, PPOConfig, ValueHead, blend, tired
+from learner.model import LearnerModel, Tokens
+from learner.rollouts import Rollout, Sampler, shuffled
+from learner.state import Judgement, Sample
+from learner.update import Candidate, Trainer, difference, learning_rate
+from serving.config import ServingConfig
+from serving.engine import Engine
+from serving.lora import AdapterWeights
+from serving.model import twin
+from tests import bases
+
+PROMPTS = [(number, number + 1, number + 2) for number in range(10, 60, 4)]
+SMALL = PPOConfig(rollouts=32, minibatch=16, batches=4, lr=1e-2, value_lr=1e-2, warmup_steps=1, step_limit=0.2)
+
+
+class LowIds:
+    """A score that likes replies of ids below 160: the share of them, spread out to about −2 … 2."""
+
+    def running(self, sample: Tokens) -> Tensor:
+        low_T = torch.tensor([0.0, *(4.0 * (token < 160) - 2.0 for token in sample.reply_ids)]).cumsum(0)
+        return low_T / torch.arange(len(low_T)).clamp_min(1)
+
+
+def improver(config: PPOConfig = SMALL, seed: int = 0) -> Improver:
+    base = bases.llama()
+    model = LearnerModel(twin(base), (POLICY, VALUE), rank=4, scaling=2.0, seed=0)
+    engine = Engine(base, bases.chat(), rows=32, max_len=48, rank=4)
+    return Improver(model, ValueHead(model.width), LowIds(), Sampler(engine, 10), config, seed)
+
+
+def score_of(found: Improver, rollouts: Sequence[Rollout]) -> float:
+    return sum(float(found.reward.running(rollout)[-1]) for rollout in rollouts) / len(rollouts)
+
+
+def bytes_of(weights: AdapterWeights) -> bytes:
+    return b"".join(tensor.numpy().tobytes() for pair in weights.tensors.values() for tensor in pair)
+
+
+def gradients_of(found: Improver) -> list[Tensor]:
+    return [p.grad for p in (*found.policy_parameters, *found.value_parameters) if p.grad is not None]
+
+
+# PPO
+
+
+def test_the_score_rises_within_the_budget() -> None:
+    found = improver(dataclasses.replace(SMALL, batches=8, kl_limit=2.0))
+    before = found.sampler.sample(PROMPTS * 8, None, 1)
+    report = found.run(PROMPTS, lambda *_: None)
+    after = found.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
+    assert score_of(found, after) > score_of(found, before) + 0.3
+    assert all(batch["kl"] <= 2.0 for batch in report.batches[:-1])
+    assert report.batches[0]["kl"] == 0.0
+    assert report.stopped
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    runs = [improver(dataclasses.replace(SMALL, batches=2), seed=seed) for seed in (3, 3, 4)]
+    for run in runs:
+        run.run(PROMPTS, lambda *_: None)
+    first, second, other = (bytes_of(run.policy.weights()) for run in runs)
+    assert first == second
+    assert first != other
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 60, 10_000])
+def test_4_the_gradient_does_not_depend_on_the_micro_batches(
+    micro_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(tokens: int) -> list[Tensor]:
+        found = improver(dataclasses.replace(SMALL, micro_tokens=tokens))
+        found.policy.load(bases.adapter(found.model.base, scaling=0.3))
+        monkeypatch.setattr(found, "step", lambda *_, **__: None)
+        experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
+        rows = [7, 2, 9, 4, 0]
+        found.policy_step(experience, rows)
+        found.value_step(experience, rows)
+        return gradients_of(found)
+
+    expected = gradients(500)
+    torch.testing.assert_close(gradients(micro_tokens), expected, rtol=1e-3, atol=1e-6)
+    assert max(float(one.abs().max()) for one in expected) > 1e-3
+
+
+def test_2_the_first_ratio_is_1_and_a_learning_rate_of_0_changes_nothing() -> None:
+    found = improver(dataclasses.replace(SMALL, lr=0.0))
+    experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
+    assert abs(found.policy_step(experience, list(range(8)))) < 1e-9
+    assert found.learn_from(experience)["moved"] < 1e-9
+
+
+def test_advantages_are_whitened_over_the_whole_batch() -> None:
+    found = improver()
+    experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
+    real = experience.advantages_BT[experience.batch.mask_BT]
+    assert float(real.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(real.std(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_reply_cut_at_the_limit_is_penalised_and_no_end_is_forged() -> None:
+    found = improver(dataclasses.replace(SMALL, missing_eos_penalty=100.0))
+    rollouts = found.sampler.sample(PROMPTS * 3, None, 0)
+    cut = [not rollout.ended for rollout in rollouts]
+    assert 0 < sum(cut) < len(cut)
+    assert all(len(rollout.reply_ids) == 10 for rollout, one in zip(rollouts, cut, strict=True) if one)
+    plain = improver(dataclasses.replace(SMALL, missing_eos_penalty=0.0)).look_at(rollouts)
+    gap = plain.figures["score"] - found.look_at(rollouts).figures["score"]
+    assert gap == pytest.approx(100 * sum(cut) / len(cut), rel=1e-4)
+
+
+def test_the_value_starts_as_the_score_of_what_was_said() -> None:
+    found = improver()
+    rollouts = found.sampler.sample(PROMPTS, found.policy.weights(), 0)
+    experience = found.look_at(rollouts)
+    for row, rollout in enumerate(rollouts):
+        expected_T = found.reward.running(rollout)[:-1]
+        torch.testing.assert_close(experience.values_BT[row, experience.batch.mask_BT[row]], expected_T)
+
+
+def test_the_value_learns_alone_before_the_policy_moves() -> None:
+    found = improver(dataclasses.replace(SMALL, value_warmup=3, value_ready=0.99))
+    experience = found.look_at(found.sampler.sample(PROMPTS * 3, found.policy.weights(), 0))
+    before = experience.figures["explained_variance"]
+    policy = bytes_of(found.policy.weights())
+    assert found.warm_up(experience) > before
+    assert bytes_of(found.policy.weights()) == policy
+
+
+def test_a_minibatch_with_a_wild_ratio_is_skipped() -> None:
+    found = improver(dataclasses.replace(SMALL, max_mean_ratio=10.0))
+    experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
+    experience.old_BT -= 5.0  # a ratio of e⁵ everywhere
+    before = bytes_of(found.policy.weights())
+    found.policy_step(experience, list(range(8)))
+    assert bytes_of(found.policy.weights()) == before
+
+
+def test_a_big_step_ends_the_epochs() -> None:
+    found = improver(dataclasses.replace(SMALL, lr=0.3, epochs=50, step_limit=0.02))
+    experience = found.look_at(found.sampler.sample(PROMPTS * 3, found.policy.weights(), 0))
+    done = found.learn_from(experience)
+    assert done["epochs"] < 5
+    assert done["moved"] > 0.02
+
+
+def test_an_update_that_overran_its_budget_goes_back_into_it() -> None:
+    found = improver(dataclasses.replace(SMALL, lr=3e-2, step_limit=10.0, kl_limit=1.0, batches=16))
+    report = found.run(PROMPTS, lambda *_: None)
+    assert report.batches[-1]["kl"] > 1.0
+    assert "reached" in report.stopped
+    rollouts = found.sampler.sample(PROMPTS * 8, found.policy.weights(), 2)
+    assert 0.3 < found.look_at(rollouts).figures["kl"] < 1.3
+
+
+def test_blending_ends_at_both_ends() -> None:
+    base = bases.llama()
+    one, other = bases.adapter(base, seed=1), bases.adapter(base, seed=2)
+    assert bytes_of(blend(one, other, 0.0)) == bytes_of(one)
+    assert difference(blend(one, other, 1.0), other) < 1e-6
+    assert difference(blend(one, other, 0.5), one) > 0.01
+
+
+def test_it_tires_after_batches_without_a_gain() -> None:
+    def batches(*scores: float) -> list[dict[str, float]]:
+        return [{"score": score} for score in scores]
+
+    assert not tired(batches(0, 1, 1), patience=3)
+    assert not tired(batches(0, 1, 0.9, 1.01), patience=3)
+    assert tired(batches(0, 1, 0.9, 1.01, 0.8), patience=3)
+    assert not tired(batches(0, 1, 0.9, 1.01, 1.03), patience=3)
+
+
+def test_prompts_come_in_rounds() -> None:
+    found = shuffled(PROMPTS, 0)
+    rounds = [[next(found) for _ in PROMPTS] for _ in range(2)]
+    assert [sorted(one) for one in rounds] == [PROMPTS, PROMPTS]
+    assert rounds[0] != rounds[1]
+
+
+# The whole round
+
+
+@pytest.fixture(scope="module")
+def trainer(model_folder: Path) -> Iterator[Trainer]:
+    settings = {"rollouts": 32, "minibatch": 16, "update_batches": 2, "rollout_tokens": 12, "gate_samples": 48}
+    yield Trainer(LearnerConfig(serving=ServingConfig(model=str(model_folder)), **settings))
+
+
+def asked(trainer: Trainer) -> list[tuple[int, ...]]:
+    return [tuple(trainer.chat.encode([bases.message(f"say {number}")])) for number in range(12)]
+
+
+def thumbs(trainer: Trainer, count: int = 120, always: float | None = None) -> list[Judgement]:
+    """Thumbs up for replies that hold an upper-case letter."""
+    prompts = asked(trainer)
+    rollouts = trainer.sampler.sample([prompts[n % len(prompts)] for n in range(count)], None, 5)
+    return [
+        Judgement(
+            f"f{n}",
+            "thumb",
+            f"u{n % 8}",
+            always if always is not None else float(any(map(str.isupper, trainer.chat.decode(one.reply_ids)))),
+            Sample(f"r{n}", one.prompt_ids, one.reply_ids, 0),
+            None,
+            float(n),
+        )
+        for n, one in enumerate(rollouts)
+    ]
+
+
+def learn(trainer: Trainer, judgements: Sequence[Judgement], parent: AdapterWeights | None = None) -> Candidate:
+    return trainer.learn(judgements, asked(trainer), parent=parent, seed=1, progress=lambda *_: None)
+
+
+def test_a_round_brings_a_candidate_a_report_and_a_verdict(trainer: Trainer) -> None:
+    phases: list[str] = []
+    candidate = trainer.learn(
+        thumbs(trainer), asked(trainer), parent=None, seed=1, progress=lambda phase, _: phases.append(phase)
+    )
+    assert [check.name for check in candidate.gate.checks][:3] == ["reward_model", "changed", "kl"]
+    assert candidate.gate.checks[0].verdict == "pass"
+    assert candidate.gate.checks[1].verdict == "pass"
+    assert set(candidate.report) >= {"reward", "policy", "kl", "score", "shape", "seconds"}
+    assert set(candidate.report["seconds"]) == {"reward", "rollouts", "ppo", "gate"}
+    json.dumps(candidate.report, allow_nan=False)
+    assert list(dict.fromkeys(phases)) == ["reward", "rollouts", "ppo", "gate"]
+    assert set(candidate.weights.tensors) == set(trainer.base.targets)
+
+
+def test_the_same_round_again_gives_the_same_bytes(trainer: Trainer) -> None:
+    judgements = thumbs(trainer)
+    first = learn(trainer, judgements)
+    learn(trainer, thumbs(trainer, 60), parent=first.weights)  # whatever came between
+    assert bytes_of(learn(trainer, judgements).weights) == bytes_of(first.weights)
+
+
+def test_feedback_that_says_nothing_moves_nothing(trainer: Trainer) -> None:
+    parent = learn(trainer, thumbs(trainer)).weights
+    for judgements in ([], thumbs(trainer, 40, always=1.0), thumbs(trainer, 40, always=0.0), thumbs(trainer, 3)):
+        candidate = learn(trainer, judgements, parent)
+        assert not candidate.gate.passed
+        assert candidate.gate.checks[0].verdict == "fail"
+        assert {check.verdict for check in candidate.gate.checks[1:]} == {"skipped"}
+        assert difference(candidate.weights, parent) == 0.0
+
+
+def test_a_parent_far_away_is_left_for_the_reference(trainer: Trainer) -> None:
+    near, far = (bases.adapter(trainer.model.base, rank=4, scaling=scaling) for scaling in (0.02, 3.0))
+    assert learn(trainer, thumbs(trainer), near).report["policy"]["started_from"] == "parent"
+    report = learn(trainer, thumbs(trainer), far).report
+    assert report["policy"]["started_from"].startswith("reference, because the parent is")
+    assert report["policy"]["batches"][0]["kl"] == 0.0
+
+
+def test_prompts_without_room_for_a_reply_are_left_out(trainer: Trainer) -> None:
+    long = tuple([65] * (trainer.max_len - 5))
+    candidate = trainer.learn(
+        thumbs(trainer), [long, *asked(trainer)], parent=None, seed=1, progress=lambda *_: None
+    )
+    assert candidate.gate.checks[0].verdict == "pass"
+    only = trainer.learn(thumbs(trainer), [long], parent=None, seed=1, progress=lambda *_: None)
+    assert not only.gate.passed
+
+
+def test_a_checkpoint_holds_everything(trainer: Trainer, tmp_path: Path, model_folder: Path) -> None:
+    candidate = learn(trainer, thumbs(trainer))
+    tensors, meta = trainer.state()
+    checkpoint.save(tmp_path, 1, tensors, json.loads(json.dumps(meta)))
+    kept = checkpoint.load(tmp_path)
+    assert kept is not None
+    again = Trainer(trainer.config)
+    again.restore(kept.tensors, kept.meta)
+    assert bytes_of(again.model.adapter(POLICY).weights()) == bytes_of(candidate.weights)
+    said = [one.reply for one in thumbs(trainer, 20)]
+    assert torch.equal(again.reward.score(said), trainer.reward.score(said))
+    untold, unmet = Trainer(trainer.config).state()
+    again.restore(untold, unmet)
+
+
+def test_the_base_exists_once(trainer: Trainer) -> None:
+    engine_weights = {tensor.data_ptr() for tensor in trainer.sampler.engine.model.parameters()}
+    assert {tensor.data_ptr() for tensor in trainer.model.base.parameters()} == engine_weights
+
+
+def test_larger_models_learn_at_lower_rates() -> None:
+    assert learning_rate(1_000_000) == 1e-3
+    assert learning_rate(200_000_000) == pytest.approx(1e-4)
+    assert 1e-5 < learning_rate(7_000_000_000) < 2e-5
