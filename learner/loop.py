@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import logging
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from learner.phases import Phases
 from learner.release import Releaser
 from learner.report import policy_report
 from learner.state import State
+from learner.stopping import Stopped, Stopping
 from serving.adapters import AdapterStore, BadAdapter, ReleaseBroken, ReleaseRefused, StoreBusy
 
 if TYPE_CHECKING:
@@ -53,10 +53,6 @@ AWAY = (LogUnavailable, StoreBusy, ReleaseBroken, OSError, sqlite3.OperationalEr
 _log = logging.getLogger(__name__)
 
 
-class Stopped(Exception):
-    """The learner was told to stop in the middle of an update, which is run again at the next start."""
-
-
 class Learner:
     """Keeps one policy learning. Everything happens on the thread that calls `run`."""
 
@@ -70,7 +66,7 @@ class Learner:
         state: State,
         trainer: Trainer,
         metrics: LearnerMetrics,
-        stopping: threading.Event,
+        stopping: Stopping,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
@@ -179,9 +175,8 @@ class Learner:
         judgements, prompts, parent = self.state.judgements(), self.state.prompts(PROMPTS), self.parent(update.current)
         seed = self.config.seed + update.number
         try:
-            return self.trainer.learn(judgements, prompts, parent=parent, seed=seed, progress=self.progress)
-        except Stopped:
-            raise
+            with self.stopping.at_once():
+                return self.trainer.learn(judgements, prompts, parent=parent, seed=seed, progress=self.progress)
         except Exception:
             _log.exception("update %d failed", update.number)
             return None
@@ -197,7 +192,7 @@ class Learner:
             return None
 
     def progress(self, phase: str, fraction: float) -> None:
-        """The trainer calls this all the time: here it is stopped, and here the learner listens while it trains."""
+        """The trainer calls this again and again, so that the learner goes on listening while it trains."""
         if self.stopping.is_set():
             raise Stopped
         assert self.phases is not None

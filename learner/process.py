@@ -9,7 +9,6 @@ import os
 import signal
 import sqlite3
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +22,7 @@ from learner.config import LearnerConfig
 from learner.metrics import LearnerMetrics, MetricsServer
 from learner.state import State
 from learner.statefile import StateError, remove_state
+from learner.stopping import Stopped, Stopping
 from serving.exits import Exit
 
 LOCK_POLL_S = 0.5
@@ -32,10 +32,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-class ToldToStop(Exception):
-    """A signal came while the process was waiting for something."""
-
-
 def learn(config: LearnerConfig, until_idle: bool = False, rebuild: bool = False) -> int:
     """Learn until a signal, or until there is nothing to do; returns the exit code (serving/exits.py).
 
@@ -43,12 +39,12 @@ def learn(config: LearnerConfig, until_idle: bool = False, rebuild: bool = False
     Only for the main thread of a process.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]  # they double what is scraped and say nothing
-    stopping = threading.Event()
+    stopping = Stopping()
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_stopped_by_signals(stopping))
             return _learn(config, until_idle, rebuild, stopping, stack)
-    except ToldToStop:
+    except Stopped:
         return Exit.DONE
     except _Refused as refused:
         sys.stderr.write(f"heed: {refused}\n")
@@ -64,7 +60,7 @@ class _Refused(Exception):
 
 
 def _learn(
-    config: LearnerConfig, until_idle: bool, rebuild: bool, stopping: threading.Event, stack: contextlib.ExitStack
+    config: LearnerConfig, until_idle: bool, rebuild: bool, stopping: Stopping, stack: contextlib.ExitStack
 ) -> int:
     data = config.serving.feedback.data
     _hold_lock(data / "learner.lock", stopping, stack)
@@ -116,11 +112,11 @@ def stand_behind_the_server(nice: int) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set the event. Handlers of our own: a background job starts with SIGINT ignored."""
+def _stopped_by_signals(stopping: Stopping) -> Iterator[None]:
+    """SIGTERM and SIGINT stop the learner. Handlers of our own: a background job starts with SIGINT ignored."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, stopping.on_signal)
     try:
         yield
     finally:
@@ -128,7 +124,7 @@ def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _hold_lock(path: Path, stopping: threading.Event, stack: contextlib.ExitStack) -> None:
+def _hold_lock(path: Path, stopping: Stopping, stack: contextlib.ExitStack) -> None:
     """Hold the lock of the data folder's one learner while this process lives, once its holder has ended."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +144,7 @@ def _hold_lock(path: Path, stopping: threading.Event, stack: contextlib.ExitStac
                 )
                 told = True
         if stopping.wait(LOCK_POLL_S):
-            raise ToldToStop
+            raise Stopped
     with contextlib.suppress(OSError):  # the number is for the line above only; a full disk may refuse it
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
@@ -171,7 +167,7 @@ def _serve_metrics(config: LearnerConfig, metrics: LearnerMetrics, stack: contex
     stack.callback(server.close)
 
 
-def _open_state(config: LearnerConfig, base: str, rebuild: bool, stopping: threading.Event) -> State:
+def _open_state(config: LearnerConfig, base: str, rebuild: bool, stopping: Stopping) -> State:
     path = config.folder / "state.db"
     if rebuild:
         remove_state(path)
@@ -181,8 +177,8 @@ def _open_state(config: LearnerConfig, base: str, rebuild: bool, stopping: threa
         raise _Refused(str(error), Exit.FAILED) from error
 
 
-def _patiently(opening: Callable[[], T], stopping: threading.Event) -> T:
-    """What `opening` gives, once it gives it. Raises ToldToStop."""
+def _patiently(opening: Callable[[], T], stopping: Stopping) -> T:
+    """What `opening` gives, once it gives it. Raises Stopped."""
     wait_s = 0.5
     while True:
         try:
@@ -190,5 +186,5 @@ def _patiently(opening: Callable[[], T], stopping: threading.Event) -> T:
         except (LogUnavailable, OSError, sqlite3.OperationalError) as error:
             _log.warning("waiting, and trying again in %g s: %s", wait_s, error)
         if stopping.wait(wait_s):
-            raise ToldToStop
+            raise Stopped
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)

@@ -105,7 +105,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> list[tu
         for message in chat:
             said = [*next(pieces), end]
             if message["role"] in ROLES:
-                ids.append(tokenizer.convert_tokens_to_ids(ROLES[message["role"]]))
+                role = tokenizer.convert_tokens_to_ids(ROLES[message["role"]])
+                assert isinstance(role, int)
+                ids.append(role)
                 weights.append(0.0)
             ids += said
             weights += [0.05 if message["role"] in ("system", "user") else 1.0] * len(said)

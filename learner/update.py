@@ -63,7 +63,9 @@ class Trainer:
         self.base: Base = describe_base(model, self.chat, serving.model)
         self.model = LearnerModel(twin(model), (POLICY, VALUE), rank=RANK, scaling=SCALING, seed=config.seed)
         self.value_head = ValueHead(self.model.width).to(model.device)
-        self.reward = RewardModel(model.get_input_embeddings().get_parameter("weight"), self.chat.eos_ids, RewardConfig())
+        self.reward = RewardModel(
+            model.get_input_embeddings().get_parameter("weight"), self.chat.eos_ids, RewardConfig()
+        )
         self.max_len = min(serving.max_model_len or ROLLOUT_CONTEXT, int(model.config.max_position_embeddings))
         rows = min(ROWS, max(config.rollouts, config.gate_samples))
         engine = Engine(model, self.chat, rows=rows, max_len=self.max_len, slots=1, rank=RANK, seed=config.seed)

@@ -136,7 +136,11 @@ class Tables:
         bag_KV, first_KV, last_KV, count_KV = (
             table / scale_K[:, None] for table in (self.bag_KV, self.first_KV, self.last_KV, self.count_KV)
         )
-        length_K, constant_K, end_K = self.length_K / scale_K, (self.constant_K - shift_K) / scale_K, self.end_K / scale_K
+        length_K, constant_K, end_K = (
+            self.length_K / scale_K,
+            (self.constant_K - shift_K) / scale_K,
+            self.end_K / scale_K,
+        )
         return Tables(bag_KV, first_KV, last_KV, count_KV, length_K, constant_K, end_K, self.eos_ids)
 
     def running(self, reply_ids: Sequence[int]) -> Tensor:

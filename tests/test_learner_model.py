@@ -193,7 +193,9 @@ def test_8_checkpointing_changes_no_gradient(make: type) -> None:
 
 def test_8_layers_are_really_run_twice() -> None:
     model, batch, runs = learner_model(checkpointing=True), Batch.of(samples()), []
-    model.base.get_submodule("model.layers.0.input_layernorm").register_forward_hook(lambda *_: runs.append(model.active))
+    model.base.get_submodule("model.layers.0.input_layernorm").register_forward_hook(
+        lambda *_: runs.append(model.active)
+    )
     loss_of(model, batch, "policy").backward()
     assert runs == ["policy", "policy"]
 

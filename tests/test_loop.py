@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from learner.loop import Learner
 from learner.metrics import LearnerMetrics
 from learner.release import Releaser
 from learner.state import Judgement, State
+from learner.stopping import Stopping
 from serving.adapters import AdapterStore, Base
 from serving.config import ServingConfig
 from serving.lora import AdapterWeights
@@ -137,7 +137,7 @@ class World:
             state=self.state,
             trainer=self.trainer,  # type: ignore[arg-type]
             metrics=self.metrics,
-            stopping=threading.Event(),
+            stopping=Stopping(),
             clock=lambda: self.now,
         )
         return self.learner

@@ -50,7 +50,11 @@ def thumbs(count: int, seed: int = 0, noise: float = 0.1, raters: int = 20) -> l
     said = [reply(rng) for _ in range(count)]
     return [
         judgement(
-            n, "thumb", float((NICE in ids) != (rng.random() < noise)), sample(n, ids, n % 40), f"u{rng.randrange(raters)}"
+            n,
+            "thumb",
+            float((NICE in ids) != (rng.random() < noise)),
+            sample(n, ids, n % 40),
+            f"u{rng.randrange(raters)}",
         )
         for n, ids in enumerate(said)
     ]
@@ -89,9 +93,7 @@ def test_5_gradients_of_the_losses() -> None:
     up_B = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda z: thumb_loss(z, up_B), doubles(-3, -0.2, 0.9, 20))
     level_B, thresholds = torch.tensor([0, 1, 2, 3, 4]), doubles(-1.5, -0.4, 0.3, 2.0)
-    assert torch.autograd.gradcheck(
-        lambda u, t: rating_loss(u, level_B, t), (doubles(-2, 0.1, 0.5, 3, -4), thresholds)
-    )
+    assert torch.autograd.gradcheck(lambda u, t: rating_loss(u, level_B, t), (doubles(-2, 0.1, 0.5, 3, -4), thresholds))
 
 
 def test_5_a_rating_of_two_levels_is_a_thumb() -> None:
@@ -208,7 +210,10 @@ def test_folds_are_dealt_by_rater_and_hold_about_the_same() -> None:
     judgements = thumbs(200)
     fold_J, by = deal(judgements, 5, seed=0)
     assert by == "rater"
-    folds_of = {user: {fold for one, fold in zip(judgements, fold_J, strict=True) if one.user == user} for user in {one.user for one in judgements}}
+    folds_of = {
+        user: {fold for one, fold in zip(judgements, fold_J, strict=True) if one.user == user}
+        for user in {one.user for one in judgements}
+    }
     assert all(len(folds) == 1 for folds in folds_of.values())
     sizes = [fold_J.count(fold) for fold in range(5)]
     assert max(sizes) - min(sizes) < 20
@@ -247,7 +252,13 @@ def test_it_learns_from_stars_and_preferences_as_well() -> None:
     rng = random.Random(3)
     said = [reply(rng) for _ in range(240)]
     stars = [
-        judgement(n, "rating", min(max(round(3 + (2 if NICE in ids else -1) + rng.gauss(0, 1)), 1), 5), sample(n, ids), f"u{n % 12}")
+        judgement(
+            n,
+            "rating",
+            min(max(round(3 + (2 if NICE in ids else -1) + rng.gauss(0, 1)), 1), 5),
+            sample(n, ids),
+            f"u{n % 12}",
+        )
         for n, ids in enumerate(said[:120])
     ]
     pairs = []
@@ -267,10 +278,16 @@ def test_9_a_harsh_rater_is_not_a_bad_reply() -> None:
     for n in range(600):
         ids, user = reply(rng), f"u{rng.randrange(10)}"
         logit = (2.0 if NICE in ids else -1.0) + bias[user]
-        judgements.append(judgement(n, "thumb", float(rng.random() < 1 / (1 + math.exp(-logit))), sample(n, ids, n % 50), user))
+        judgements.append(
+            judgement(n, "thumb", float(rng.random() < 1 / (1 + math.exp(-logit))), sample(n, ids, n % 50), user)
+        )
     fit = CrossFit(embeddings(), {EOS}, judgements, RewardConfig(), 0, lambda _: None)
     for fold, member in enumerate(fit.members):
-        seen = [user for user in bias if any(one.user == user and f != fold for one, f in zip(judgements, fit.fold_J, strict=True))]
+        seen = [
+            user
+            for user in bias
+            if any(one.user == user and f != fold for one, f in zip(judgements, fit.fold_J, strict=True))
+        ]
         found = torch.tensor([float(member.links.bias[fit.raters[user]]) for user in seen])
         assert correlation(found, torch.tensor([bias[user] for user in seen])) > 0.95
         assert float(found.abs().mean()) > 1.0
@@ -291,9 +308,7 @@ def test_thumbs_that_all_say_the_same_teach_nothing() -> None:
 
 def test_a_handful_of_thumbs_is_never_sure() -> None:
     for count in (1, 2, 3, 6):
-        judgements = [
-            replace(one, value=float(n % 2), user=f"u{n}") for n, one in enumerate(thumbs(count, noise=0.0))
-        ]
+        judgements = [replace(one, value=float(n % 2), user=f"u{n}") for n, one in enumerate(thumbs(count, noise=0.0))]
         assert RewardModel(embeddings(), {EOS}, RewardConfig()).fit(judgements, reference(), seed=0).lower(2.576) <= 0.5
 
 
@@ -349,7 +364,9 @@ def test_judgements_that_go_together_are_worth_less() -> None:
     generator = torch.Generator().manual_seed(0)
     up_J = torch.tensor([0.0, 1.0]).repeat_interleave(200)
     prompt_J = [(int(up), n % 10) for n, up in enumerate(up_J)]
-    of_prompt = {prompt: 0.3 * prompt[0] + float(torch.randn((), generator=generator)) for prompt in sorted(set(prompt_J))}
+    of_prompt = {
+        prompt: 0.3 * prompt[0] + float(torch.randn((), generator=generator)) for prompt in sorted(set(prompt_J))
+    }
     score_J = torch.tensor([of_prompt[prompt] for prompt in prompt_J]) + 0.1 * torch.randn(400, generator=generator)
     alone = concordance([Compared(list(range(400)), score_J, up_J)], [range(400)])
     together = concordance([Compared(list(range(400)), score_J, up_J)], [range(400), prompt_J])

@@ -25,6 +25,7 @@ from serving.model import twin
 from tests import bases
 
 PROMPTS = [(number, number + 1, number + 2) for number in range(10, 60, 4)]
+NICE = 84
 SMALL = PPOConfig(rollouts=32, minibatch=16, batches=4, lr=1e-2, value_lr=1e-2, warmup_steps=1, step_limit=0.2)
 
 
@@ -59,12 +60,12 @@ def gradients_of(found: Improver) -> list[Tensor]:
 
 
 def test_the_score_rises_within_the_budget() -> None:
-    found = improver(dataclasses.replace(SMALL, batches=8, kl_limit=2.0))
+    found = improver(dataclasses.replace(SMALL, rollouts=64, batches=12, kl_limit=4.0))
     before = found.sampler.sample(PROMPTS * 8, None, 1)
     report = found.run(PROMPTS, lambda *_: None)
     after = found.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
     assert score_of(found, after) > score_of(found, before) + 0.3
-    assert all(batch["kl"] <= 2.0 for batch in report.batches[:-1])
+    assert all(batch["kl"] <= 4.0 for batch in report.batches[:-1])
     assert report.batches[0]["kl"] == 0.0
     assert report.stopped
 
@@ -205,22 +206,17 @@ def asked(trainer: Trainer) -> list[tuple[int, ...]]:
     return [tuple(trainer.chat.encode([bases.message(f"say {number}")])) for number in range(12)]
 
 
-def thumbs(trainer: Trainer, count: int = 120, always: float | None = None) -> list[Judgement]:
-    """Thumbs up for replies that hold an upper-case letter."""
+def thumbs(trainer: Trainer, count: int = 80, always: float | None = None) -> list[Judgement]:
+    """Thumbs up for replies that hold a certain token: every second one is made to."""
     prompts = asked(trainer)
     rollouts = trainer.sampler.sample([prompts[n % len(prompts)] for n in range(count)], None, 5)
-    return [
-        Judgement(
-            f"f{n}",
-            "thumb",
-            f"u{n % 8}",
-            always if always is not None else float(any(map(str.isupper, trainer.chat.decode(one.reply_ids)))),
-            Sample(f"r{n}", one.prompt_ids, one.reply_ids, 0),
-            None,
-            float(n),
-        )
-        for n, one in enumerate(rollouts)
-    ]
+    judgements = []
+    for n, rollout in enumerate(rollouts):
+        reply_ids = (NICE, *rollout.reply_ids[1:]) if n % 2 else rollout.reply_ids
+        up = float(NICE in reply_ids) if always is None else always
+        said = Sample(f"r{n}", rollout.prompt_ids, reply_ids, 0)
+        judgements.append(Judgement(f"f{n}", "thumb", f"u{n // 2 % 8}", up, said, None, float(n)))
+    return judgements
 
 
 def learn(trainer: Trainer, judgements: Sequence[Judgement], parent: AdapterWeights | None = None) -> Candidate:
@@ -269,9 +265,7 @@ def test_a_parent_far_away_is_left_for_the_reference(trainer: Trainer) -> None:
 
 def test_prompts_without_room_for_a_reply_are_left_out(trainer: Trainer) -> None:
     long = tuple([65] * (trainer.max_len - 5))
-    candidate = trainer.learn(
-        thumbs(trainer), [long, *asked(trainer)], parent=None, seed=1, progress=lambda *_: None
-    )
+    candidate = trainer.learn(thumbs(trainer), [long, *asked(trainer)], parent=None, seed=1, progress=lambda *_: None)
     assert candidate.gate.checks[0].verdict == "pass"
     only = trainer.learn(thumbs(trainer), [long], parent=None, seed=1, progress=lambda *_: None)
     assert not only.gate.passed

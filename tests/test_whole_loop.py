@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from learner.config import LearnerConfig
 from learner.loop import Learner
 from learner.metrics import LearnerMetrics
 from learner.state import State
+from learner.stopping import Stopping
 from learner.update import Trainer
 from serving.adapters import AdapterStore
 from serving.config import ServingConfig
@@ -59,7 +59,7 @@ def learner_on(server: Served, **settings: Any) -> Iterator[Learner]:
             state=state,
             trainer=trainer,
             metrics=LearnerMetrics(),
-            stopping=threading.Event(),
+            stopping=Stopping(),
         )
 
 
