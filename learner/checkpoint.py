@@ -19,12 +19,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from serving.adapters import Base
 
 KEPT = 2
 TENSORS = "tensors.safetensors"
@@ -39,10 +42,43 @@ class Checkpoint:
     """What `save` was given."""
 
     tensors: dict[str, Tensor]
-    meta: dict[str, JsonValue]
+    meta: dict[str, Any]
 
 
-def save(folder: Path, number: int, tensors: Mapping[str, Tensor], meta: Mapping[str, JsonValue]) -> Path:
+class Trains(Protocol):
+    """What has a state to keep: learner.update.Trainer."""
+
+    @property
+    def base(self) -> Base: ...
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None: ...
+
+
+class Checkpoints:
+    """One trainer's checkpoints in a folder."""
+
+    def __init__(self, folder: Path, trainer: Trains) -> None:
+        self.folder = folder
+        self.trainer = trainer
+
+    def save(self, number: int, offsets: Mapping[str, int]) -> None:
+        """Keep what an update left in the trainer, so that a restart goes on from it. Raises OSError."""
+        tensors, meta = self.trainer.state()
+        label = {"base": self.trainer.base.fingerprint, "offsets": dict(offsets), "trainer": meta}
+        save(self.folder, number, tensors, label)
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint, if it fits the base."""
+        found = load(self.folder)
+        if found is None or found.meta.get("base") != self.trainer.base.fingerprint:
+            return
+        try:
+            self.trainer.restore(found.tensors, found.meta["trainer"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            _log.warning("the checkpoint does not fit, learning starts afresh: %s", error)
+
+
+def save(folder: Path, number: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Keep a checkpoint under a number that grows, and the one before it; older ones go. Raises OSError (a full disk).
 
     The same number again replaces it. After a failure the checkpoints that were there are as they were.

@@ -19,42 +19,42 @@ class LearnerConfig(Settings):
     serving: ServingConfig = Field(default_factory=ServingConfig)
 
     update_min_feedback: int = Field(
-        50, ge=1, le=1_000_000, description="New judgements (joined thumbs, ratings, preferences) that start an update."
+        50, ge=1, le=1_000_000, description="new judgements (joined thumbs, ratings, preferences) that start an update"
     )
     update_interval_s: float = Field(
         300.0,
         ge=1,
         le=31_536_000,
-        description="Seconds since the last update after which 20 new judgements are enough (or the minimum, if less).",
+        description="how long after the last update 20 new judgements are enough, or the minimum if that is less, seconds",
     )
     learner_metrics_port: int = Field(
-        9464, ge=0, le=65535, description="TCP port of the learner's /metrics and /health; 0 has none."
+        9464, ge=0, le=65535, description="TCP port of the learner's /metrics and /health; 0: none"
     )
     nice: int = Field(
-        4, ge=0, le=5, description="Niceness of the learner, so that replies go first and learning never starves."
+        4, ge=0, le=5, description="niceness of the learner: replies go first, and learning never starves"
     )
     learner_threads: int = Field(
-        0, ge=0, le=1024, description="Compute threads of the learner; 0 leaves the choice to torch."
+        0, ge=0, le=1024, description="compute threads of the learner; 0: as many as the processor has cores"
     )
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the learner's random numbers.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of the learner's random numbers")
     learning_rate: float | None = Field(
-        None, gt=0, le=0.1, description="Learning rate of the policy's adapter; unset: chosen by the model's size."
+        None, gt=0, le=0.1, description="learning rate of the policy's adapter; none: by the model's size"
     )
     kl_target: float = Field(
-        1.5, gt=0, le=100, description="Nats a reply from the reference that the KL coefficient steers to."
+        1.5, gt=0, le=100, description="KL to the reference that the KL coefficient steers to, nats a reply"
     )
     kl_limit: float = Field(
         2.0,
         gt=0,
         le=100,
-        description="Nats a reply from the reference at which an update ends, and above which the gate says no.",
+        description="KL to the reference at which an update ends and above which the gate says no, nats a reply",
     )
-    rollouts: int = Field(128, ge=2, le=65_536, description="Fresh replies of one PPO batch.")
-    minibatch: int = Field(32, ge=1, le=65_536, description="Replies of one optimiser step.")
-    ppo_epochs: int = Field(2, ge=1, le=16, description="Passes over a PPO batch.")
-    update_batches: int = Field(16, ge=1, le=10_000, description="Most PPO batches of one update.")
-    rollout_tokens: int = Field(128, ge=1, le=65_536, description="Most tokens of a fresh reply.")
-    gate_samples: int = Field(256, ge=2, le=65_536, description="Fresh replies that the gate judges a candidate by.")
+    rollouts: int = Field(128, ge=2, le=65_536, description="fresh replies of one PPO batch")
+    minibatch: int = Field(32, ge=1, le=65_536, description="replies of one optimiser step")
+    ppo_epochs: int = Field(2, ge=1, le=16, description="passes over a PPO batch")
+    update_batches: int = Field(16, ge=1, le=10_000, description="most PPO batches of one update")
+    rollout_tokens: int = Field(128, ge=1, le=65_536, description="most tokens of a fresh reply")
+    gate_samples: int = Field(256, ge=2, le=65_536, description="fresh replies that the gate judges a candidate by")
 
     @property
     def folder(self) -> Path:

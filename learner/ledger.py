@@ -134,7 +134,7 @@ class Ledger:
         """
         with self.state.transaction() as db:
             for manifest in manifests:
-                number, offsets = self.number_of(manifest), _offsets(manifest)
+                number, offsets = number_of(manifest), _offsets(manifest)
                 served = manifest.version in approved
                 db.execute(
                     "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
@@ -155,13 +155,6 @@ class Ledger:
                     self._mark_learned(number, up_to=offsets.get(FEEDBACK, 0))
                     reached = dict.fromkeys(("in_reward_model", "in_update", "in_version"), manifest.created)
                     self._tell(number, reached, manifest.version)
-
-    @staticmethod
-    def number_of(manifest: Manifest) -> int:
-        """The update that made a version."""
-        number = manifest.update["number"]
-        assert isinstance(number, int)
-        return number
 
     def _mark_learned(self, number: int, up_to: int = 2**62) -> None:
         """The fresh judgements, up to a place in the log, are this update's."""
@@ -209,6 +202,13 @@ class Ledger:
             report=_parsed(report),
             gate=_parsed(gate),
         )
+
+
+def number_of(manifest: Manifest) -> int:
+    """The update that made a version."""
+    number = manifest.update["number"]
+    assert isinstance(number, int)
+    return number
 
 
 def _offsets(manifest: Manifest) -> dict[str, int]:

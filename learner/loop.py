@@ -15,16 +15,16 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from feedback.board import Board
 from feedback.log import Log, LogUnavailable
-from learner import checkpoint
+from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.due import Due
 from learner.figures import jsonable
 from learner.intake import Intake
-from learner.ledger import Learned, Ledger, Update
+from learner.ledger import Learned, Ledger, Update, number_of
 from learner.metrics import LearnerMetrics
 from learner.notices import Notices
 from learner.phases import Phases
@@ -36,7 +36,6 @@ from serving.adapters import AdapterStore, BadAdapter, ReleaseBroken, ReleaseRef
 
 if TYPE_CHECKING:
     from learner.update import Candidate, Trainer
-    from serving.lora import AdapterWeights
 
 PROMPTS = 4096
 """The newest distinct prompts, from which rollouts are made."""
@@ -80,12 +79,13 @@ class Learner:
         self.due = Due(config, board, state, self.ledger, clock)
         self.releaser = Releaser(store, trainer.base, log)
         self.notices = Notices(board, state, metrics)
+        self.checkpoints = Checkpoints(config.folder / "checkpoints", trainer)
         self.phases: Phases | None = None
         self.looked = self.reported = 0.0
 
     def run(self, until_idle: bool = False) -> None:
         """Learn until told to stop; with `until_idle`, until the log is drained and no update is due."""
-        self.restore()
+        self.checkpoints.restore()
         wait_s = POLL_S
         while not self.stopping.is_set():
             try:
@@ -125,7 +125,7 @@ class Learner:
         candidate = self.learn(update)
         if candidate is None:
             return self.fail(update)
-        self.save(update)
+        self.checkpoints.save(update.number, dict(update.offsets))
         if not candidate.gate.passed:
             return self.refuse(update, candidate)
         update = self.publish(update, candidate)
@@ -163,7 +163,7 @@ class Learner:
 
     def begin(self) -> Update:
         """Open the next update, or the interrupted one anew."""
-        made = [Ledger.number_of(manifest) for manifest in self.releaser.made_by_updates()]
+        made = [number_of(manifest) for manifest in self.releaser.made_by_updates()]
         update = self.ledger.begin(current=self.store.release().current, above=max(made, default=0), now=self.clock())
         self.phases = Phases(update.number, self.clock)
         _log.info("update %d: learning from %d judgements", update.number, update.feedback)
@@ -172,23 +172,13 @@ class Learner:
 
     def learn(self, update: Update) -> Candidate | None:
         """Let the trainer make a candidate; None when it broke, which ends this update and not the learner."""
-        judgements, prompts, parent = self.state.judgements(), self.state.prompts(PROMPTS), self.parent(update.current)
-        seed = self.config.seed + update.number
+        judgements, prompts = self.state.judgements(), self.state.prompts(PROMPTS)
+        parent, seed = self.releaser.weights(update.current), self.config.seed + update.number
         try:
             with self.stopping.at_once():
                 return self.trainer.learn(judgements, prompts, parent=parent, seed=seed, progress=self.progress)
         except Exception:
             _log.exception("update %d failed", update.number)
-            return None
-
-    def parent(self, version: int) -> AdapterWeights | None:
-        """The weights that training begins from: those that are served, or the base's where they do not fit it."""
-        if version == 0:
-            return None
-        try:
-            return self.store.load(version, self.trainer.base)
-        except BadAdapter as error:
-            _log.warning("learning anew from the base: %s", error)
             return None
 
     def progress(self, phase: str, fraction: float) -> None:
@@ -204,28 +194,6 @@ class Learner:
             self.look_around()
         except AWAY as error:
             self.notices.waiting(error)
-
-    def save(self, update: Update) -> None:
-        """Keep what trains beside the policy, so that a restart goes on from it."""
-        tensors, meta = self.trainer.state()
-        label: dict[str, Any] = {
-            "base": self.trainer.base.fingerprint,
-            "offsets": dict(update.offsets),
-            "trainer": meta,
-        }
-        checkpoint.save(self.config.folder / "checkpoints", update.number, tensors, label)
-
-    def restore(self) -> None:
-        """Go on from the newest checkpoint that fits the base."""
-        found = checkpoint.load(self.config.folder / "checkpoints")
-        if found is None or found.meta["base"] != self.trainer.base.fingerprint:
-            return
-        meta = found.meta["trainer"]
-        assert isinstance(meta, dict)
-        try:
-            self.trainer.restore(found.tensors, meta)
-        except (KeyError, ValueError, RuntimeError) as error:
-            _log.warning("the checkpoint does not fit, learning starts afresh: %s", error)
 
     def fail(self, update: Update) -> Update:
         """The trainer broke: the traceback is in the learner's log."""
@@ -257,12 +225,11 @@ class Learner:
 
     def found_in_store(self, update: Update) -> Update:
         """A running update whose version was published before a kill is published; any other stays running."""
-        for manifest in self.releaser.made_by_updates():
-            if Ledger.number_of(manifest) == update.number:
-                reached = dict.fromkeys(("in_reward_model", "in_update"), manifest.created)
-                learned = Learned(manifest.update, manifest.gate, reached)
-                return self.ledger.published(update, manifest.version, learned)
-        return update
+        manifest = self.releaser.made_by(update.number)
+        if manifest is None:
+            return update
+        reached = dict.fromkeys(("in_reward_model", "in_update"), manifest.created)
+        return self.ledger.published(update, manifest.version, Learned(manifest.update, manifest.gate, reached))
 
     def release(self, update: Update) -> Update:
         """Serve a published update to everyone. It stays published while an operator's pause holds it back."""

@@ -6,17 +6,24 @@ during an update keeps what the hand chose.
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from typing import TYPE_CHECKING, Literal
 
 from feedback.events import RELEASES, Release
 from feedback.log import Log
+from learner.ledger import number_of
 from serving.adapters import AdapterStore, BadAdapter, Base, Manifest, ReleaseRefused
+
+if TYPE_CHECKING:
+    from serving.lora import AdapterWeights
+
+_log = logging.getLogger(__name__)
 
 Outcome = Literal["released", "paused", "passed_over"]
 
 
 class Releaser:
-    """Promotes versions, and mirrors the release's changes, the operator's too, to `heed.releases`."""
+    """Promotes versions, finds those that updates made, and mirrors the release's changes, the operator's too."""
 
     def __init__(self, store: AdapterStore, base: Base, log: Log) -> None:
         self.store = store
@@ -59,6 +66,20 @@ class Releaser:
             if manifest.base == self.base.fingerprint and isinstance(manifest.update.get("number"), int):
                 manifests.append(manifest)
         return manifests
+
+    def made_by(self, number: int) -> Manifest | None:
+        """The version that an update made, where it got that far."""
+        return next((one for one in self.made_by_updates() if number_of(one) == number), None)
+
+    def weights(self, version: int) -> AdapterWeights | None:
+        """What training goes on from; None for the base, and where the version does not fit this base."""
+        if version == 0:
+            return None
+        try:
+            return self.store.load(version, self.base)
+        except BadAdapter as error:
+            _log.warning("learning anew from the base: %s", error)
+            return None
 
     def mirror(self) -> None:
         """Append what changed since the last mirroring to the log: the release, with its new changes only.

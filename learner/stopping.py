@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 # no Exception, so that no `except Exception` on its way takes it for a fault
-class Stopped(BaseException):  # noqa: N818
+class Stopped(BaseException):
     """The learner was told to stop. An update that this ends is run again at the next start."""
 
 

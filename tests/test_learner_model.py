@@ -114,6 +114,16 @@ def test_2_what_was_generated_has_the_log_probs_of_a_forward(adapter: str | None
     assert len(served) > 40
 
 
+def test_2_so_have_replies_to_a_prompt_that_comes_again_and_again() -> None:
+    base = bases.llama()
+    prompts = [(5, 6, 7, 8, 9), (10, 11), (12, 13, 14)]
+    requests = [Request(prompts[seed % 3], Sampling(max_tokens=8, seed=seed)) for seed in range(24)]
+    finished = Engine(base, bases.chat(), rows=24, max_len=64, rank=4).generate(requests)
+    served = torch.tensor(list(itertools.chain.from_iterable(reply.raw_logprobs for reply in finished)))
+    ours = said_by(learner_model(base), Batch.of(finished), None)
+    torch.testing.assert_close(ours, served, rtol=0, atol=1e-4)
+
+
 # 6. A fresh adapter has KL exactly 0; updates of one adapter leave the other's bytes unchanged
 
 

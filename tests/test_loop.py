@@ -18,6 +18,7 @@ from feedback.events import EXCHANGES, FEEDBACK, RELEASES, Exchange, Feedback, R
 from feedback.log import LogUnavailable
 from feedback.sqlite_log import SqliteLog
 from learner import checkpoint
+from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.ledger import Ledger
 from learner.loop import Learner
@@ -422,7 +423,7 @@ def test_feedback_that_comes_during_an_update_is_heard_and_left_for_the_next(wor
 
 KILLS: dict[str, tuple[type, str]] = {
     "begin": (Ledger, "begin"),
-    "save": (Learner, "save"),
+    "save": (Checkpoints, "save"),
     "publish": (AdapterStore, "publish"),
     "published": (Ledger, "published"),
     "change": (AdapterStore, "change"),
@@ -554,6 +555,20 @@ def test_a_restart_goes_on_from_the_checkpoint(world: World):
     assert world.trainer.restored is not None
     assert world.trainer.restored["meta"] == {"beta": 0.05}
     assert world.trainer.restored["tensors"]["value"].tolist() == [1.0, 1.0]
+
+
+def test_a_checkpoint_that_does_not_fit_is_done_without(world: World, monkeypatch: pytest.MonkeyPatch):
+    world.thumbs(4)
+    world.run()
+
+    def refuse(*_: object) -> None:
+        raise ValueError("another rank")
+
+    monkeypatch.setattr(ReadyMade, "restore", refuse)
+    world.new_learner()
+    world.thumbs(4)
+    world.run()
+    assert world.store.release().current == 2
 
 
 def test_every_change_of_the_release_is_mirrored_once(world: World):
