@@ -197,7 +197,10 @@ def test_prompts_come_in_rounds() -> None:
 
 
 @pytest.fixture(scope="module")
-def trainer(model_folder: Path) -> Trainer:
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    folder = tmp_path_factory.mktemp("base")
+    bases.llama().save_pretrained(folder)
+    bases.byte_tokenizer().save_pretrained(folder)
     settings = {"rollouts": 32, "minibatch": 16, "update_batches": 2, "rollout_tokens": 12, "gate_samples": 48}
     return Trainer(LearnerConfig(serving=ServingConfig(model=str(folder)), **settings))
 
