@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -50,11 +51,20 @@ def create_app(
         app.include_router(module.router)
     if config.admin_token is not None:
         app.include_router(admin.router)
-    app.mount("/static", StaticFiles(directory=operations.STATIC, check_dir=False), name="static")
+    app.mount("/static", _Page(directory=operations.STATIC, check_dir=False), name="static")
     app.add_middleware(Door, parts=wiring)
     for kind in (HeedError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _told)
     return app
+
+
+class _Page(StaticFiles):
+    """Files that browsers ask about again each time, so that a page is never half of one Heed and half of another."""
+
+    def file_response(self, *args: Any, **more: Any) -> Response:
+        response = super().file_response(*args, **more)
+        response.headers["cache-control"] = "no-cache"
+        return response
 
 
 def base_name(model: str | None) -> str:

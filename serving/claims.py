@@ -6,10 +6,14 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from serving.exits import Exit
+
+LEAVING = b"leaving\n"
+"""What the holder of a lock adds to its file once it has begun to stop."""
 
 
 class CannotStart(Exception):
@@ -39,26 +43,37 @@ def prepare_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold(path: Path) -> Iterator[int]:
+def hold(path: Path, patience_s: float = 60.0) -> Iterator[int]:
     """Hold the OS lock of this file, which says who holds it; yields its open descriptor.
 
-    The system frees it however the process ends. Raises CannotStart when another process holds it.
+    The system frees it however the process ends. A holder that wrote LEAVING is waited for, `patience_s` at most. Raises
+    CannotStart when another process holds it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid, _, address = os.read(descriptor, 1000).decode(errors="replace").strip().partition(" ")
-            raise CannotStart(
-                Exit.HELD,
-                f"the data folder {path.parent} belongs to a server that is running (pid {pid or 'unknown'}"
-                f"{f', {address}' if address else ''}). Stop that one, or set HEED_DATA to another folder.",
-            ) from None
+        give_up = time.monotonic() + patience_s
+        while not _locked(descriptor):
+            holder = os.pread(descriptor, 1000, 0)
+            if not holder.endswith(LEAVING) or time.monotonic() > give_up:
+                pid, _, address = holder.decode(errors="replace").partition("\n")[0].partition(" ")
+                raise CannotStart(
+                    Exit.HELD,
+                    f"the data folder {path.parent} belongs to a server that is running (pid {pid or 'unknown'}"
+                    f"{f', {address}' if address else ''}). Stop that one, or set HEED_DATA to another folder.",
+                )
+            time.sleep(0.1)
         os.ftruncate(descriptor, 0)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

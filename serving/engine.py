@@ -184,11 +184,12 @@ class Engine:
         with self._guarded([one for reply in replies for one in (reply, *reply.followers)]):
             pieces = [reply.prompt_ids[reply.prefilled : reply.prefilled + width] for reply in replies]
             logits_BV = self._logits(replies, pieces, [reply.prefilled for reply in replies])
-            chosen: list[int] = []
-            first: list[Reply] = []
-            for i, (reply, piece) in enumerate(zip(replies, pieces, strict=True)):
+            for reply, piece in zip(replies, pieces, strict=True):
                 reply.prefilled += len(piece)
                 self._prompt_tokens += len(piece)
+            chosen: list[int] = []
+            first: list[Reply] = []
+            for i, reply in enumerate(replies):  # rows change places here: what each of them holds is known by now
                 if not reply.left_to_read:
                     started = self._batch.start_decoding(reply)
                     first += started

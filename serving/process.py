@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -29,7 +29,7 @@ from feedback.events import EXCHANGES, FEEDBACK
 from feedback.log import LogUnavailable, open_log
 from serving.adapters import AdapterStore, describe_base
 from serving.app import base_name, create_app, on_swap
-from serving.claims import CannotStart, hold, listen, prepare_folder
+from serving.claims import LEAVING, CannotStart, hold, listen, prepare_folder
 from serving.config import ServingConfig
 from serving.engine import Engine, ModelError, load_model
 from serving.exits import Exit
@@ -60,7 +60,7 @@ def serve(config: ServingConfig) -> int:
             sockets = listen(config.host, config.port)
             address = _address(config.host, sockets[0])
             os.write(lock, f"{os.getpid()} {address}\n".encode())
-            server = _Server(config, app, address)
+            server = _Server(config, app, address, on_leaving=lambda: os.write(lock, LEAVING))
             asyncio.run(server.run(sockets))
     except CannotStart as error:
         print(f"heed: {error}", file=sys.stderr)
@@ -75,7 +75,7 @@ def serve(config: ServingConfig) -> int:
 class _Server(uvicorn.Server):
     """uvicorn, with signals, loading and leaving by Heed's rules."""
 
-    def __init__(self, config: ServingConfig, app: FastAPI, address: str) -> None:
+    def __init__(self, config: ServingConfig, app: FastAPI, address: str, on_leaving: Callable[[], object]) -> None:
         patience = int(config.request_timeout_s + SETTLE_S) + 1
         super().__init__(
             uvicorn.Config(
@@ -92,6 +92,7 @@ class _Server(uvicorn.Server):
         )
         self._settings = config
         self._address = address
+        self._on_leaving = on_leaving
         self._wiring: Wiring = app.state.wiring
         self._failure: BaseException | None = None
         self._loader = threading.Thread(target=self._load, name="heed-load", daemon=True)
@@ -122,6 +123,7 @@ class _Server(uvicorn.Server):
         if not self._wiring.draining:
             delay = self._settings.drain_delay_s if self._wiring.ready else 0.0
             self._wiring.draining = True
+            self._on_leaving()
             _log.info("%s: serving on for %g s, then finishing what is running.", signal.Signals(number).name, delay)
             asyncio.get_running_loop().call_later(delay, setattr, self, "should_exit", True)
         elif number == signal.SIGINT:

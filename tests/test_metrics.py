@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -154,6 +155,7 @@ def test_running_and_waiting_are_those_of_the_engine(serve_with: Callable[..., S
                 server.metric("heed_kv_usage_ratio"),
             )
         )
+        time.sleep(0.02)  # the server runs in this very process: asked without a pause, it would do nothing else
     assert max(running for running, _, _ in seen) == 2
     assert max(waiting for _, waiting, _ in seen) >= 1
     assert 0 < max(usage for _, _, usage in seen) <= 1

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, Exchange, parse_event
 from feedback.log import open_log
-from serving.claims import CannotStart, hold, listen
+from serving.claims import LEAVING, CannotStart, hold, listen
 from serving.config import ServingConfig
 from serving.exits import Exit
 from serving.process import serve
@@ -264,6 +265,18 @@ def test_a_lock_is_held_until_its_block_ends(tmp_path: Path):
             pass
     with hold(path):
         assert path.read_text() == ""
+
+
+def test_a_holder_that_is_leaving_is_waited_for(tmp_path: Path):
+    path = tmp_path / "server.lock"
+    with hold(path) as descriptor:
+        os.write(descriptor, b"123 http://here\n" + LEAVING)
+        with pytest.raises(CannotStart, match=r"pid 123, http://here\)"), hold(path, patience_s=0.2):
+            pass
+        leaving = threading.Timer(0.3, os.close, [os.dup(descriptor)])  # the lock lives as long as any copy of it
+        leaving.start()
+    with hold(path):
+        assert not leaving.is_alive()
 
 
 def test_a_port_is_taken_from_the_moment_it_is_listened_on():
