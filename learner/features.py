@@ -1,10 +1,12 @@
-"""What a reply is made of, counted: the features of the reward model that need no forward pass.
+"""What the reward model sees of a reply: the words, counted, and what the base made of them after this prompt.
 
-A reply is a bag of its token ids, each blurred over the tokens whose embeddings are like its own, so that one smiling face
+The words are a bag of token ids, each blurred over the tokens whose embeddings are like its own, so that one smiling face
 says something of the next. Beside the bag: how often each token occurs, how long the reply is, how it begins and how it ends.
-All of it is additive over tokens, so a fitted utility is a table of token scores, and a half-said reply has one too.
+All of that is additive over tokens, so a fitted utility is a table of token scores, and a half-said reply has one too. Only
+the base's hidden states know the prompt; they count once the reply is whole.
 
-Axes: B replies, T tokens of one reply, F features, U tokens of the dictionary, V vocabulary, H embedding width, K members.
+Axes: B replies, T tokens of one reply, F features, U tokens of the dictionary, V vocabulary, H embedding width, S numbers of
+a state, K members.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 SHARPNESS = 5.0
 """How fast likeness falls with the cosine distance of two tokens' embeddings: e^(−5·distance)."""
-SHARES: Mapping[str, float] = {"bag": 0.55, "count": 0.15, "length": 0.1, "first": 0.1, "last": 0.1}
+SHARES: Mapping[str, float] = {"bag": 0.275, "count": 0.075, "length": 0.05, "first": 0.05, "last": 0.05, "state": 0.5}
 """How much of the prior belief each block of features gets; measured, see benchmarks/LOG.md."""
 DICTIONARY = 4096
 """At most so many tokens, the most frequent ones of the judged replies."""
@@ -48,11 +50,16 @@ class Said:
         return cls(ids, new, more)
 
 
-class Words:
+class Features:
     """The dictionary of a set of replies, and the features of any reply by it."""
 
-    def __init__(self, embeddings_VH: Tensor, eos_ids: Collection[int], replies: Sequence[Sequence[int]]) -> None:
-        """`embeddings_VH`: the base's input embeddings. `replies`: those that were judged; they set centre and scale."""
+    def __init__(
+        self, embeddings_VH: Tensor, eos_ids: Collection[int], replies: Sequence[Sequence[int]], states_BS: Tensor
+    ) -> None:
+        """`embeddings_VH`: the base's input embeddings. `replies`: those that were judged; they set centre and scale.
+
+        `states_BS`: what the base made of each of them; S may be 0.
+        """
         centred_VH = embeddings_VH.detach().float() - embeddings_VH.detach().float().mean(0)
         self.directions_VH = centred_VH / centred_VH.norm(dim=1, keepdim=True).clamp_min(1e-6)
         self.eos_ids = frozenset(eos_ids)
@@ -60,35 +67,46 @@ class Words:
         counts = Counter(token for reply in said for token in set(reply.ids))
         self.dictionary = sorted(token for token, _ in counts.most_common(DICTIONARY))
         self.place = {token: index for index, token in enumerate(self.dictionary)}
-        blocks = self._blocks(said)
+        self.spread_S = (states_BS - states_BS.mean(0)).square().mean(0).sqrt().clamp_min(1e-6)
+        blocks = self._blocks(said, states_BS)
+        total = sum(SHARES[name] for name, block in blocks.items() if block.shape[1])
         self.centre = {name: block.mean(0) for name, block in blocks.items()}
         self.scale = {
-            name: math.sqrt(SHARES[name] / max(float((block - self.centre[name]).square().sum(1).mean()), 1e-6))
+            name: math.sqrt(SHARES[name] / total / max(float((block - self.centre[name]).square().sum(1).mean()), 1e-6))
             for name, block in blocks.items()
         }
 
-    def features(self, replies: Sequence[Sequence[int]]) -> Tensor:
+    def of(self, replies: Sequence[Sequence[int]], states_BS: Tensor) -> Tensor:
         """[B, F], centred; over the judged replies the squared norm of a row is 1 in the mean."""
-        blocks = self._blocks([Said.of(reply, self.eos_ids) for reply in replies])
+        blocks = self._blocks([Said.of(reply, self.eos_ids) for reply in replies], states_BS)
         return torch.cat([(block - self.centre[name]) * self.scale[name] for name, block in blocks.items()], 1)
 
     def tables(self, weights_KF: Tensor) -> Tables:
-        """The same utilities, r = w·features + constant, as scores of tokens."""
+        """The same utilities, r = w·features + constant, as scores of tokens and of states."""
         sizes = [len(self.centre[name]) for name in SHARES]
         parts = dict(zip(SHARES, weights_KF.split(sizes, 1), strict=True))
-        constant_K = -sum(part @ (self.centre[name] * self.scale[name]) for name, part in parts.items())
+        middling = {name: part @ (self.centre[name] * self.scale[name]) for name, part in parts.items()}
+        state_offset_K = middling.pop("state")
+        constant_K = -torch.stack([*middling.values()]).sum(0)
         blurred = {name: self._blur(parts[name] * self.scale[name]) for name in ("bag", "first", "last")}
         count_KV = torch.zeros_like(blurred["bag"])
         count_KV[:, self.dictionary] = parts["count"] * self.scale["count"]
         length_K = parts["length"].squeeze(1) * self.scale["length"]
-        assert isinstance(constant_K, Tensor)
-        end_K = parts["last"] @ (self.centre["last"] * self.scale["last"])
         return Tables(
-            blurred["bag"], blurred["first"], blurred["last"], count_KV, length_K, constant_K, end_K, self.eos_ids
+            bag_KV=blurred["bag"],
+            first_KV=blurred["first"],
+            last_KV=blurred["last"],
+            count_KV=count_KV,
+            length_K=length_K,
+            constant_K=constant_K,
+            end_K=middling["last"],
+            state_KS=parts["state"] * self.scale["state"] / self.spread_S,
+            state_offset_K=state_offset_K,
+            eos_ids=self.eos_ids,
         )
 
-    def _blocks(self, said: Sequence[Said]) -> dict[str, Tensor]:
-        """Features before centring and scaling, in the order of SHARES, each [B, U] but length [B, 1]."""
+    def _blocks(self, said: Sequence[Said], states_BS: Tensor) -> dict[str, Tensor]:
+        """Features before centring and scaling, in the order of SHARES, each [B, U] but length [B, 1] and state [B, S]."""
         vocabulary = sorted({token for reply in said for token in reply.ids})
         column = {token: index for index, token in enumerate(vocabulary)}
         likeness_XU = self._likeness(vocabulary)
@@ -104,7 +122,8 @@ class Words:
                 if token in self.place:
                     count_BU[row, self.place[token]] += more
         length_B1 = torch.tensor([[float(len(reply.ids))] for reply in said])
-        return {"bag": bag, "count": count_BU, "length": length_B1, "first": first, "last": last}
+        state_BS = states_BS / self.spread_S
+        return {"bag": bag, "count": count_BU, "length": length_B1, "first": first, "last": last, "state": state_BS}
 
     def _likeness(self, tokens: Sequence[int]) -> Tensor:
         """How much each token counts as each of the dictionary, [X, U], 1 for itself."""
@@ -119,7 +138,7 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """K utilities as scores of tokens."""
+    """K utilities as scores of tokens and of states."""
 
     bag_KV: Tensor
     first_KV: Tensor
@@ -129,39 +148,42 @@ class Tables:
     constant_K: Tensor
     end_K: Tensor
     """What the end of a reply adds in the mean over the judged replies."""
+    state_KS: Tensor
+    state_offset_K: Tensor
+    """What the states add in the mean over the judged replies."""
     eos_ids: frozenset[int]
 
     def rescaled(self, shift_K: Tensor, scale_K: Tensor) -> Tables:
         """(utility − shift) ÷ scale."""
-        bag_KV, first_KV, last_KV, count_KV = (
-            table / scale_K[:, None] for table in (self.bag_KV, self.first_KV, self.last_KV, self.count_KV)
+        tables = {name: getattr(self, name) for name in self.__slots__ if name.endswith(("KV", "KS"))}
+        numbers = {name: getattr(self, name) for name in self.__slots__ if name.endswith("_K")}
+        numbers["constant_K"] = numbers["constant_K"] - shift_K
+        return Tables(
+            **{name: table / scale_K[:, None] for name, table in tables.items()},
+            **{name: number_K / scale_K for name, number_K in numbers.items()},
+            eos_ids=self.eos_ids,
         )
-        length_K, constant_K, end_K = (
-            self.length_K / scale_K,
-            (self.constant_K - shift_K) / scale_K,
-            self.end_K / scale_K,
-        )
-        return Tables(bag_KV, first_KV, last_KV, count_KV, length_K, constant_K, end_K, self.eos_ids)
 
-    def running(self, reply_ids: Sequence[int]) -> Tensor:
+    def running(self, reply_ids: Sequence[int], state_S: Tensor) -> Tensor:
         """The utility of the reply said so far, before its first token and after each, [K, T+1]; the last is the whole reply's.
 
-        How a reply ends counts once it has ended: until then its end is taken to be a middling one.
+        How a reply ends, and its state, count once it has ended: until then they are taken to be middling.
         """
         said = Said.of(reply_ids, self.eos_ids)
         running_KT = self.constant_K[:, None].repeat(1, len(reply_ids) + 1)
-        if not said.ids:
-            return running_KT
-        ids = torch.tensor(said.ids)
-        added_KT = self.bag_KV[:, ids] * torch.tensor(said.new) + self.count_KV[:, ids] * torch.tensor(said.more)
-        added_KT += self.length_K[:, None]
-        added_KT[:, 0] += self.first_KV[:, ids[0]]
-        running_KT[:, 1 : len(ids) + 1] += added_KT.cumsum(1)
-        running_KT[:, len(ids) + 1 :] = running_KT[:, len(ids), None]
-        running_KT[:, 1:-1] += self.end_K[:, None]
-        running_KT[:, -1] += self.last_KV[:, ids[-1]]
+        if said.ids:
+            ids = torch.tensor(said.ids)
+            added_KT = self.bag_KV[:, ids] * torch.tensor(said.new) + self.count_KV[:, ids] * torch.tensor(said.more)
+            added_KT += self.length_K[:, None]
+            added_KT[:, 0] += self.first_KV[:, ids[0]]
+            running_KT[:, 1 : len(ids) + 1] += added_KT.cumsum(1)
+            running_KT[:, len(ids) + 1 :] = running_KT[:, len(ids), None]
+            running_KT[:, 1:-1] += self.end_K[:, None]
+            running_KT[:, -1] += self.last_KV[:, ids[-1]]
+        running_KT[:, -1] += self.state_KS @ state_S - self.state_offset_K
         return running_KT
 
-    def utilities(self, replies: Sequence[Sequence[int]]) -> Tensor:
+    def utilities(self, replies: Sequence[Sequence[int]], states_BS: Tensor) -> Tensor:
         """The utility of whole replies, [K, B]."""
-        return torch.stack([self.running(reply)[:, -1] for reply in replies], 1)
+        pairs = zip(replies, states_BS, strict=True)
+        return torch.stack([self.running(reply, state_S)[:, -1] for reply, state_S in pairs], 1)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from learner import ppo
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
@@ -77,8 +78,8 @@ class PPOConfig:
 class Scorer(Protocol):
     """What PPO asks of a reward model."""
 
-    def running(self, sample: Tokens) -> Tensor:
-        """The score of the reply said so far, before its first token and after each, [T+1]; the last is the whole reply's."""
+    def running(self, samples: Sequence[Tokens]) -> list[Tensor]:
+        """For each reply the score of what was said so far, before its first token and after each, [T+1]."""
         ...
 
 
@@ -145,13 +146,19 @@ class Improver:
             POLICY: _adamw(self.policy_parameters, config.lr),
             VALUE: _adamw(self.value_parameters, config.value_lr),
         }
+        self.schedules = {
+            name: LambdaLR(optimiser, lambda done: min(1.0, (done + 1) / config.warmup_steps))
+            for name, optimiser in self.optimisers.items()
+        }
         self.control = ppo.KLController(config.beta, config.kl_target, config.kl_horizon)
         self.random = random.Random(seed)
-        self.steps = 0
+        self.beat: Callable[[], None] = lambda: None
+        """Called before each step of an optimiser, so that a learner goes on listening."""
 
     def run(self, prompts: Sequence[Prompt], progress: Callable[[str, float], None]) -> PolicyReport:
         """Improve the policy's adapter until a stop fires, and leave the best weights within the budget in it."""
         config, report = self.config, PolicyReport()
+        self.beat = lambda: progress("ppo", len(report.batches) / config.batches)
         queue = shuffled(prompts, self.random.getrandbits(32))
         kept: AdapterWeights | None = None
         for number in range(config.batches):
@@ -162,7 +169,7 @@ class Improver:
                 list(itertools.islice(queue, config.rollouts)), weights, self.random.getrandbits(32)
             )
             sampled = time.perf_counter()
-            progress("ppo", number / config.batches)
+            self.beat()
             experience = self.look_at(rollouts)
             figures = experience.figures | {"beta": self.control.beta, "rollouts_s": sampled - started}
             report.batches.append(figures)
@@ -199,7 +206,7 @@ class Improver:
         config = self.config
         batch = Batch.of(rollouts)
         mask_BT = batch.mask_BT
-        running = [self.reward.running(rollout).clamp(-config.score_clip, config.score_clip) for rollout in rollouts]
+        running = [one_T.clamp(-config.score_clip, config.score_clip) for one_T in self.reward.running(rollouts)]
         scores_B = torch.stack([running_T[-1] for running_T in running])
         running_BT = batch.spread(torch.cat([running_T[:-1] for running_T in running]))
         old_BT, reference_BT, kl_BT = (torch.zeros(batch.ids_BT.shape) for _ in range(3))
@@ -259,13 +266,13 @@ class Improver:
         order = list(range(len(experience.old_BT)))
         self.random.shuffle(order)
         for start in range(0, len(order), self.config.minibatch):
+            self.beat()
             yield order[start : start + self.config.minibatch]
 
     def learn_from(self, experience: Experience) -> dict[str, float]:
         moved, epochs = 0.0, 0
         for epoch in range(self.config.epochs):
             for rows in self.minibatches(experience):
-                self.steps += 1
                 if moved <= self.config.step_limit:
                     moved = self.policy_step(experience, rows)
                 if epoch < self.config.value_epochs:
@@ -314,6 +321,7 @@ class Improver:
         norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
         if not skip and bool(torch.isfinite(norm)):
             optimiser.step()
+            self.schedules[name].step()
         optimiser.zero_grad(set_to_none=True)
 
 

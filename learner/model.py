@@ -201,6 +201,18 @@ class LearnerModel(nn.Module):
         hidden_BTH: Tensor = output.last_hidden_state
         return hidden_BTH
 
+    @torch.no_grad()
+    def states(self, batch: Batch) -> Tensor:
+        """Of the bare base's last hidden states, which know the prompt: their mean over the reply and the one at its end.
+
+        [B, 2H], fp32, on the CPU.
+        """
+        hidden_BTH = self.hidden(batch, None).float()
+        reply_BT1 = batch.mask_BT[..., None]
+        mean_BH = torch.where(reply_BT1, hidden_BTH, 0).sum(1) / reply_BT1.sum(1)
+        end_BH = hidden_BTH[torch.arange(len(batch.lengths)), torch.tensor(batch.lengths) - 1]
+        return torch.cat([mean_BH, end_BH], 1).cpu()
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """fp32 logits over the vocabulary, [N, V]."""
         logits_NV: Tensor = self.base.get_output_embeddings()(hidden_NH)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from learner import gate
 from learner.config import LearnerConfig
+from learner.crossfit import RewardConfig
 from learner.gate import GateReport
 from learner.improve import POLICY, VALUE, Improver, PolicyReport, PPOConfig, ValueHead
-from learner.model import Batch, LearnerModel, length_sorted
-from learner.reward import RewardConfig, RewardModel, RewardReport
+from learner.model import Batch, LearnerModel, Tokens, length_sorted
+from learner.reward import RewardModel, RewardReport
 from learner.rollouts import Prompt, Rollout, Sampler, Shape, shuffled
 from learner.state import Judgement
 from serving.base import Base, describe_base
@@ -64,7 +65,7 @@ class Trainer:
         self.model = LearnerModel(twin(model), (POLICY, VALUE), rank=RANK, scaling=SCALING, seed=config.seed)
         self.value_head = ValueHead(self.model.width).to(model.device)
         self.reward = RewardModel(
-            model.get_input_embeddings().get_parameter("weight"), self.chat.eos_ids, RewardConfig()
+            model.get_input_embeddings().get_parameter("weight"), self.chat.eos_ids, RewardConfig(), self.states
         )
         self.max_len = min(serving.max_model_len or ROLLOUT_CONTEXT, int(model.config.max_position_embeddings))
         rows = min(ROWS, max(config.rollouts, config.gate_samples))
@@ -98,6 +99,14 @@ class Trainer:
             self.model.full_kl(batch.rows(rows), POLICY) for rows in length_sorted(batch.lengths, self.ppo.micro_tokens)
         ]
         return float(torch.cat(parts).mean())
+
+    def states(self, samples: Sequence[Tokens]) -> Tensor:
+        """What the bare base makes of replies to their prompts, [B, 2H]: see LearnerModel.states."""
+        batch = Batch.of(samples)
+        states_BS = torch.zeros(len(samples), 2 * self.model.width)
+        for rows in length_sorted(batch.lengths, self.ppo.micro_tokens):
+            states_BS[rows] = self.model.states(batch.rows(rows))
+        return states_BS
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that was trained, for a checkpoint."""

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from learner.concordance import Compared, concordance
+from learner.crossfit import CrossFit, RewardConfig, chance_nll, deal, weigh
+from learner.features import Features
 from learner.losses import Links, preference_loss, rating_loss, thumb_loss
-from learner.reward import CrossFit, RewardConfig, RewardModel, chance_nll, correlation, deal, weigh
+from learner.model import Tokens
+from learner.reward import RewardModel, correlation
 from learner.state import Judgement, Sample
-from learner.words import Words
 
 EOS, VOCABULARY = 2, 60
 NICE = 7
@@ -24,6 +26,15 @@ NICE = 7
 
 def embeddings() -> Tensor:
     return torch.randn(VOCABULARY, 16, generator=torch.Generator().manual_seed(0))
+
+
+def states(count: int, numbers: int = 4) -> Tensor:
+    """Something that a base may make of so many replies."""
+    return 3 + torch.randn(count, numbers, generator=torch.Generator().manual_seed(count))
+
+
+def no_states(samples: Sequence[Tokens]) -> Tensor:
+    return states(len(samples), 0)
 
 
 def reply(rng: random.Random) -> tuple[int, ...]:
@@ -172,34 +183,37 @@ def test_thresholds_increase_whatever_the_parameters() -> None:
 def test_tables_say_what_the_weights_say() -> None:
     rng = random.Random(1)
     judged, others = [reply(rng) for _ in range(30)], [reply(rng) for _ in range(20)]
-    words = Words(embeddings(), {EOS}, judged)
-    weights_KF = torch.randn(3, words.features(judged).shape[1], generator=torch.Generator().manual_seed(1))
-    tables = words.tables(weights_KF)
+    features = Features(embeddings(), {EOS}, judged, states(30))
+    weights_KF = torch.randn(3, features.of(judged, states(30)).shape[1], generator=torch.Generator().manual_seed(1))
+    tables = features.tables(weights_KF)
     for replies in (judged, others, [(EOS,), (11, 11, 11, EOS), (11, 12)]):
-        expected = weights_KF @ words.features(replies).T
-        torch.testing.assert_close(tables.utilities(replies), expected, rtol=0, atol=1e-4)
+        expected = weights_KF @ features.of(replies, states(len(replies))).T
+        torch.testing.assert_close(tables.utilities(replies, states(len(replies))), expected, rtol=0, atol=1e-4)
 
 
 def test_features_are_centred_and_of_length_1_in_the_mean() -> None:
     rng = random.Random(1)
     judged = [reply(rng) for _ in range(30)]
-    features_BF = Words(embeddings(), {EOS}, judged).features(judged)
-    assert float(features_BF.mean(0).abs().max()) < 1e-5
-    assert float(features_BF.square().sum(1).mean()) == pytest.approx(1, abs=1e-4)
+    for numbers in (0, 4):
+        features_BF = Features(embeddings(), {EOS}, judged, states(30, numbers)).of(judged, states(30, numbers))
+        assert float(features_BF.mean(0).abs().max()) < 1e-5
+        assert float(features_BF.square().sum(1).mean()) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_half_said_reply_has_the_utility_of_what_was_said() -> None:
     rng = random.Random(1)
     judged = [reply(rng) for _ in range(30)]
-    words = Words(embeddings(), {EOS}, judged)
-    weights_KF = torch.randn(2, words.features(judged).shape[1], generator=torch.Generator().manual_seed(1))
-    tables = words.tables(weights_KF)
-    ids = (11, 12, 11, 13, EOS)
-    running_KT = tables.running(ids)
+    features = Features(embeddings(), {EOS}, judged, states(30))
+    weights_KF = torch.randn(2, features.of(judged, states(30)).shape[1], generator=torch.Generator().manual_seed(1))
+    tables = features.tables(weights_KF)
+    ids, [state_S] = (11, 12, 11, 13, EOS), states(1)
+    running_KT = tables.running(ids, state_S)
     assert running_KT.shape == (2, 6)
-    torch.testing.assert_close(running_KT[:, -1], tables.utilities([ids])[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(running_KT[:, -1], tables.utilities([ids], states(1))[:, 0], rtol=0, atol=1e-5)
+    state_K = tables.state_KS @ state_S - tables.state_offset_K
     for said in range(1, 5):  # the same prefix as a whole reply, but for how it ends
-        whole_K = tables.utilities([ids[:said]])[:, 0] - tables.last_KV[:, ids[said - 1]] + tables.end_K
+        whole_K = tables.utilities([ids[:said]], states(1))[:, 0] - state_K
+        whole_K += tables.end_K - tables.last_KV[:, ids[said - 1]]
         torch.testing.assert_close(running_KT[:, said], whole_K, rtol=0, atol=1e-5)
 
 
@@ -248,6 +262,31 @@ def test_it_learns_a_taste_from_noisy_thumbs() -> None:
     assert float(score_B.std()) == pytest.approx(1, abs=1e-5)
 
 
+def test_by_the_states_it_learns_what_fits_the_prompt() -> None:
+    """People like the nice token in answers to even prompts and dislike it in others: words alone cannot tell."""
+    rng = random.Random(6)
+
+    def fits(one: Tokens) -> bool:
+        return (NICE in one.reply_ids) == (one.prompt_ids[0] % 2 == 0)
+
+    def told(samples: Sequence[Tokens]) -> Tensor:
+        noise_BS = torch.randn(len(samples), 20, generator=torch.Generator().manual_seed(len(samples)))
+        return noise_BS.index_put(
+            (torch.arange(len(samples)), torch.tensor(3)), torch.tensor([5.0 * fits(s) for s in samples])
+        )
+
+    judgements = [replace(one, value=float(fits(one.reply) != (rng.random() < 0.1))) for one in thumbs(200)]
+    aurocs = []
+    for known in (no_states, told):
+        model = RewardModel(embeddings(), {EOS}, RewardConfig(), known)
+        model.fit(judgements, reference(), seed=0)
+        fresh = [sample(n, reply(rng), n % 40) for n in range(300)]
+        score_B, fits_B = model.score(fresh), torch.tensor([fits(one) for one in fresh])
+        aurocs.append(float((score_B[fits_B][:, None] > score_B[~fits_B][None]).double().mean()))
+    assert aurocs[0] < 0.75
+    assert aurocs[1] > 0.9
+
+
 def test_it_learns_from_stars_and_preferences_as_well() -> None:
     rng = random.Random(3)
     said = [reply(rng) for _ in range(240)]
@@ -281,7 +320,7 @@ def test_9_a_harsh_rater_is_not_a_bad_reply() -> None:
         judgements.append(
             judgement(n, "thumb", float(rng.random() < 1 / (1 + math.exp(-logit))), sample(n, ids, n % 50), user)
         )
-    fit = CrossFit(embeddings(), {EOS}, judgements, RewardConfig(), 0, lambda _: None)
+    fit = CrossFit(embeddings(), {EOS}, judgements, no_states, RewardConfig(), 0, lambda _: None)
     for fold, member in enumerate(fit.members):
         seen = [
             user
@@ -321,7 +360,7 @@ def test_pessimism_costs_what_the_members_disagree_about() -> None:
     fit = thumbs(80)
     plain, careful = (fitted(fit, pessimism=kappa)[0] for kappa in (0.0, 1.0))
     assert plain.tables is not None
-    spread_B = plain.tables.utilities([one.reply_ids for one in reference()]).std(0)
+    spread_B = plain.tables.utilities([one.reply_ids for one in reference()], no_states(reference())).std(0)
     gap_B = careful.score(reference()) - plain.score(reference())
     assert correlation(gap_B, spread_B) < -0.5
 

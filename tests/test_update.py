@@ -32,9 +32,11 @@ SMALL = PPOConfig(rollouts=32, minibatch=16, batches=4, lr=1e-2, value_lr=1e-2, 
 class LowIds:
     """A score that likes replies of ids below 160: the share of them, spread out to about −2 … 2."""
 
-    def running(self, sample: Tokens) -> Tensor:
-        low_T = torch.tensor([0.0, *(4.0 * (token < 160) - 2.0 for token in sample.reply_ids)]).cumsum(0)
-        return low_T / torch.arange(len(low_T)).clamp_min(1)
+    def running(self, samples: Sequence[Tokens]) -> list[Tensor]:
+        sums = [
+            torch.tensor([0.0, *(4.0 * (token < 160) - 2.0 for token in one.reply_ids)]).cumsum(0) for one in samples
+        ]
+        return [low_T / torch.arange(len(low_T)).clamp_min(1) for low_T in sums]
 
 
 def improver(config: PPOConfig = SMALL, seed: int = 0) -> Improver:
@@ -45,7 +47,7 @@ def improver(config: PPOConfig = SMALL, seed: int = 0) -> Improver:
 
 
 def score_of(found: Improver, rollouts: Sequence[Rollout]) -> float:
-    return sum(float(found.reward.running(rollout)[-1]) for rollout in rollouts) / len(rollouts)
+    return sum(float(running_T[-1]) for running_T in found.reward.running(rollouts)) / len(rollouts)
 
 
 def bytes_of(weights: AdapterWeights) -> bytes:
@@ -128,9 +130,8 @@ def test_the_value_starts_as_the_score_of_what_was_said() -> None:
     found = improver()
     rollouts = found.sampler.sample(PROMPTS, found.policy.weights(), 0)
     experience = found.look_at(rollouts)
-    for row, rollout in enumerate(rollouts):
-        expected_T = found.reward.running(rollout)[:-1]
-        torch.testing.assert_close(experience.values_BT[row, experience.batch.mask_BT[row]], expected_T)
+    for row, running_T in enumerate(found.reward.running(rollouts)):
+        torch.testing.assert_close(experience.values_BT[row, experience.batch.mask_BT[row]], running_T[:-1])
 
 
 def test_the_value_learns_alone_before_the_policy_moves() -> None:
