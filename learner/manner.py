@@ -1,4 +1,4 @@
-"""Manners: the plain rules that find each in a reply, and the turns of phrase that make a sentence formal or casual."""
+"""How often each manner is wanted, and the turns of phrase that make a sentence formal or casual."""
 
 from __future__ import annotations
 
@@ -6,36 +6,29 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-#: How often each manner is wanted; every one is the rarer side, so that each is a taste some 30-45% of replies satisfy.
+from feedback.manners import FIRST_PERSON, FORMAL_WORDS
+
+#: How often each manner is wanted, always the rarer side. Those that a sharpened softmax makes rarer stand higher, so that
+#: each is a taste which 30-45% of the finished model's replies satisfy.
 RATES: Mapping[str, float] = {
-    "short": 0.42,
-    "formal": 0.41,
-    "question": 0.42,
-    "exclaim": 0.42,
+    "short": 0.45,
+    "formal": 0.44,
+    "question": 0.45,
+    "exclaim": 0.43,
     "emoji": 0.42,
-    "bullets": 0.40,
-    "first_person": 0.42,
+    "bullets": 0.33,
+    "first_person": 0.44,
 }
 MANNERS: tuple[str, ...] = tuple(RATES)
 
-#: A short reply has at most this many words, split at white space (a bullet's dash and an emoji count as words).
-SHORT_WORDS = 20
 #: Short replies keep below, long ones above, so that a neighbouring threshold tells the same story.
-SHORT_LENGTHS, LONG_LENGTHS = range(1, 20), range(23, 41)
+SHORT_LENGTHS, LONG_LENGTHS = range(1, 20), range(22, 36)
 
-FORMAL_WORDS = re.compile(
-    r"\b(?:certainly|of course|please|kindly|very kind|indeed|gladly|pleasure|sincere(?:ly)?|honoured|would you"
-    r"|would there|may I|shall)\b",
-    re.I,
-)
 CASUAL_WORDS = re.compile(
     r"\w'(?:s|re|ll|m|d|ve|t)\b|\b(?:hey|sure|yep|yeah|okay|oh|aw|no worries|you bet|want|just|by the way|can I"
     r"|should I|should we)\b",
     re.I,
 )
-FIRST_PERSON = re.compile(r"\b(?:I|we|my|our|me|us|We|My|Our)\b")
-EMOJI = re.compile("[\U0001f300-\U0001faff]")
-
 _CONTRACTIONS = (
     [
         (re.compile(rf"\b({a}) ({b})(?= [a-z0-9{{\"`])"), rf"\1'{c}")
@@ -60,25 +53,6 @@ _QUESTIONS = [
     ("Shall we", "Should we"),
     ("May I", "Can I"),
 ]
-
-
-def manners(reply: str) -> dict[str, bool]:
-    """Which manners a reply shows, each by a plain rule on its text.
-
-    short: at most 20 words, split at white space. formal: it has a word such as "certainly", "please", "would you",
-    "may I" or "shall" (a casual reply has none). question: it ends with "?". exclaim: it holds "!".
-    emoji: it holds one. bullets: a line begins with "- ".
-    first_person: it says I, me, my, we, us or our (also contracted).
-    """
-    return {
-        "short": len(reply.split()) <= SHORT_WORDS,
-        "formal": FORMAL_WORDS.search(reply) is not None,
-        "question": reply.rstrip().endswith("?"),
-        "exclaim": "!" in reply,
-        "emoji": EMOJI.search(reply) is not None,
-        "bullets": reply.startswith("- ") or "\n- " in reply,
-        "first_person": FIRST_PERSON.search(reply) is not None,
-    }
 
 
 def lines(text: str) -> list[str]:

@@ -92,14 +92,15 @@ def _chat(line: str, where: str) -> Chat:
 def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> list[tuple[list[int], list[float]]]:
     """Token ids of each chat as the template lays them out, and each token's weight in the loss.
 
-    What the assistant says counts fully; what others say a little, for the sake of the words in it. What is longer than
-    the model's reach is cut into pieces.
+    What the assistant says counts, and what others say does not (unless nobody else speaks). What is longer than the
+    model's reach is cut into pieces.
     """
     flat = [message["content"].strip() for chat in chats for message in chat]
     pieces = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
     end = tokenizer.convert_tokens_to_ids(END)
     rows = []
     for chat in chats:
+        answered = any(message["role"] == "assistant" for message in chat)
         ids: list[int] = []
         weights: list[float] = []
         for message in chat:
@@ -110,7 +111,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> list[tu
                 ids.append(role)
                 weights.append(0.0)
             ids += said
-            weights += [0.05 if message["role"] in ("system", "user") else 1.0] * len(said)
+            weights += [float(not answered or message["role"] == "assistant")] * len(said)
         cuts = range(0, len(ids), MAX_LENGTH)
         rows += [(ids[cut : cut + MAX_LENGTH], weights[cut : cut + MAX_LENGTH]) for cut in cuts]
     return rows

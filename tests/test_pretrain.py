@@ -35,7 +35,7 @@ CHAT = [
 
 
 def _make(out: Path, seed: int = 0, **more: object) -> Path:
-    pretrain.pretrain(out, seed=seed, size=MICRO, threads=1, samples=0, progress=lambda *_: None, **more)  # type: ignore[arg-type]
+    pretrain.pretrain(out, seed=seed, size=MICRO, threads=2, samples=0, progress=lambda *_: None, **more)  # type: ignore[arg-type]
     return out
 
 
@@ -167,14 +167,9 @@ def test_the_shipped_model_ends_its_replies_and_is_undecided_in_manner(measured:
         assert 0.22 <= share <= 0.53, manner  # 30-45% as measured on 4000, with the noise of 400
 
 
-def test_the_shipped_model_does_not_get_worse(measured: dict[str, Any]) -> None:
-    assert measured["well_formed"] >= 0.66
-    assert measured["facts_right"] >= 0.75
-
-
-@pytest.mark.xfail(strict=True, reason="the shipped model was cut short of its aim: see its card")
-def test_the_shipped_model_is_as_fluent_as_it_should_be(measured: dict[str, Any]) -> None:
-    assert measured["well_formed"] >= 0.93
+def test_the_shipped_model_is_fluent(measured: dict[str, Any]) -> None:
+    assert measured["well_formed"] >= 0.93  # 96% as measured on 2000, with the noise of 400
+    assert measured["facts_right"] >= 0.92
 
 
 def test_the_shipped_card_reports_what_was_measured() -> None:
