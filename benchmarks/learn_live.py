@@ -39,7 +39,7 @@ from learner import corpus
 from serving.model import find_model
 
 HERE = Path(__file__).resolve().parent
-TASTES = ("emoji", "bulleted", "short+plain", "question+casual")
+TASTES = ("emoji", "bulleted", "short+plain", "personal+casual")
 """Two single ones and two conjunctions, among those that 20–45% of the base's replies satisfy."""
 PLAN = [(name, 0.1, seed) for name, seed in itertools.product(TASTES, range(3))] + [(name, 0.25, 0) for name in TASTES]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from feedback.manners import EMOJI
-from learner.manner import CASUAL, FORMAL, Sentence, toned
+from learner.manner import CASUAL, FORMAL, Sentence, mixed
 
 Row = dict[str, str]
 
@@ -44,7 +44,10 @@ Reading = tuple[str, int, frozenset[str]]  # the part it is, which extra it is, 
 
 
 class Grammar:
-    """Accepts what `Intent.reply` can compose: any slot value in any slot, in any manner, in one tone; extras in any order."""
+    """Accepts what `Intent.reply` can compose: any slot value in any slot, in any manner, in one tone.
+
+    It is a little wider: up to four extras in any order, and a tone that does not show.
+    """
 
     def __init__(self, said: Iterable[tuple[str, int, Sentence]], rows: Sequence[Row], emoji: Iterable[str]) -> None:
         """`said`: every sentence with the part it plays and, for an extra, which one it is."""
@@ -60,7 +63,7 @@ class Grammar:
     def parse(self, reply: str) -> Row | None:
         """The slot values that a well-formed reply tells, None if the reply is not well-formed."""
         text = self._without_emoji(reply)
-        if text is None or not toned(text):
+        if text is None or mixed(text):
             return None
         lines = text.split("\n")
         bulleted = [line.startswith("- ") for line in lines]
@@ -110,7 +113,7 @@ class Grammar:
             slots |= values
             if part == EXTRA:
                 extras.add(number)
-        if not {CORE, LED} & set(order) or len(extras) > 3:
+        if not {CORE, LED} & set(order) or len(extras) > 4:
             return None
         if loose is not None and loose != [part in (OPENER, CLOSE) for part in order]:
             return None

@@ -6,11 +6,13 @@ Axes: B replies, T positions of a padded batch.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from learner import ppo
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
 from learner.rollouts import Prompt, Rollout, Sampler, shuffled
 from serving.lora import AdapterWeights
+
+T = TypeVar("T")
 
 POLICY, VALUE = "policy", "value"
 KL_AIM = 0.95
@@ -110,6 +114,7 @@ class Experience:
 
     batch: Batch
     old_BT: Tensor
+    rewards_BT: Tensor
     values_BT: Tensor
     advantages_BT: Tensor
     returns_BT: Tensor
@@ -152,6 +157,8 @@ class Improver:
         }
         self.control = ppo.KLController(config.beta, config.kl_target, config.kl_horizon)
         self.random = random.Random(seed)
+        self.threads = torch.get_num_threads() if model.base.device.type == "cpu" else 1
+        self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
         self.beat: Callable[[], None] = lambda: None
         """Called before each step of an optimiser, so that a learner goes on listening."""
 
@@ -210,18 +217,15 @@ class Improver:
         scores_B = torch.stack([running_T[-1] for running_T in running])
         running_BT = batch.spread(torch.cat([running_T[:-1] for running_T in running]))
         old_BT, reference_BT, kl_BT = (torch.zeros(batch.ids_BT.shape) for _ in range(3))
-        for rows in length_sorted(batch.lengths, config.micro_tokens):
-            part = batch.rows(rows)
-            width = part.ids_BT.shape[1]
-            old_BT[rows, :width], reference_BT[rows, :width], kl_BT[rows, :width] = self.model.compare(
-                part, POLICY, None
-            )
+        for rows, found in self.each(lambda _, part: self.model.compare(part, POLICY, None), batch):
+            width = found[0].shape[1]
+            old_BT[rows, :width], reference_BT[rows, :width], kl_BT[rows, :width] = found
         values_BT = self.all_values(batch, running_BT)
         cut_B = torch.tensor([not rollout.ended for rollout in rollouts])
         penalised_B = scores_B - config.missing_eos_penalty * cut_B
         k1_BT = ppo.k1(old_BT, reference_BT, mask_BT)
         rewards_BT = ppo.token_rewards(penalised_B, k1_BT, mask_BT, self.control.beta)
-        advantages_BT, returns_BT = ppo.gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
+        advantages_BT, returns_BT = self.estimate(rewards_BT, values_BT, mask_BT)
         figures = {
             "score": float(penalised_B.mean()),
             "kl": float(kl_BT.sum(1).mean()),
@@ -230,7 +234,13 @@ class Improver:
             "ended": 1 - float(cut_B.float().mean()),
             "explained_variance": ppo.explained_variance(values_BT, returns_BT, mask_BT),
         }
-        return Experience(batch, old_BT, values_BT, ppo.whiten(advantages_BT, mask_BT), returns_BT, running_BT, figures)
+        return Experience(batch, old_BT, rewards_BT, values_BT, advantages_BT, returns_BT, running_BT, figures)
+
+    def estimate(self, rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Whitened advantages, and returns."""
+        config = self.config
+        advantages_BT, returns_BT = ppo.gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
+        return ppo.whiten(advantages_BT, mask_BT), returns_BT
 
     def values(self, batch: Batch, running_BT: Tensor) -> Tensor:
         """The value of the state before each reply token, [B, T]; 0 elsewhere."""
@@ -241,10 +251,13 @@ class Improver:
     def all_values(self, batch: Batch, running_BT: Tensor) -> Tensor:
         """The values of a whole batch, a part at a time."""
         values_BT = torch.zeros(batch.ids_BT.shape)
-        for rows in length_sorted(batch.lengths, self.config.micro_tokens):
-            part = batch.rows(rows)
-            width = part.ids_BT.shape[1]
-            values_BT[rows, :width] = self.values(part, running_BT[rows, :width])
+
+        @torch.no_grad()
+        def work(rows: list[int], part: Batch) -> Tensor:
+            return self.values(part, running_BT[rows, : part.ids_BT.shape[1]])
+
+        for rows, found_BT in self.each(work, batch):
+            values_BT[rows, : found_BT.shape[1]] = found_BT
         return values_BT
 
     # steps
@@ -257,9 +270,10 @@ class Improver:
                 break
             for rows in self.minibatches(experience):
                 self.value_step(experience, rows)
-            values_BT = self.all_values(experience.batch, experience.running_BT)
-            experience.values_BT = values_BT
-            explained = ppo.explained_variance(values_BT, experience.returns_BT, experience.batch.mask_BT)
+            mask_BT = experience.batch.mask_BT
+            values_BT = experience.values_BT = self.all_values(experience.batch, experience.running_BT)
+            experience.advantages_BT, experience.returns_BT = self.estimate(experience.rewards_BT, values_BT, mask_BT)
+            explained = ppo.explained_variance(values_BT, experience.returns_BT, mask_BT)
         return explained
 
     def minibatches(self, experience: Experience) -> Iterator[list[int]]:
@@ -283,41 +297,66 @@ class Improver:
         return {"moved": moved, "epochs": epochs}
 
     def policy_step(self, experience: Experience, rows: list[int]) -> float:
+        """One step of the policy; returns how far it was from the rollouts' before the step, in nats a token."""
         config, batch = self.config, experience.batch
         tokens = int(batch.mask_BT[rows].sum())
-        moved = ratio = 0.0
-        for micro in _groups(batch, rows, config.micro_tokens):
-            part = batch.rows(micro)
+
+        def work(micro: list[int], part: Batch) -> tuple[Sequence[Tensor], float, float]:
             width = part.ids_BT.shape[1]
             old_BT, advantages_BT = experience.old_BT[micro, :width], experience.advantages_BT[micro, :width]
             new_BT = self.model.logprobs(part, POLICY)
-            ppo.policy_loss(
+            loss = ppo.policy_loss(
                 new_BT, old_BT, advantages_BT, part.mask_BT, clip=config.clip, dual_clip=config.dual_clip, tokens=tokens
-            ).backward()
+            )
+            gradients = torch.autograd.grad(loss, self.policy_parameters)
             with torch.no_grad():
-                moved += float(ppo.k3(new_BT, old_BT, part.mask_BT).sum()) / tokens
-                ratio += float(ppo.masked_sum(ppo.ratio(new_BT, old_BT, part.mask_BT), part.mask_BT)) / tokens
-        self.step(POLICY, self.policy_parameters, skip=ratio > config.max_mean_ratio)
-        return moved
+                moved = float(ppo.k3(new_BT, old_BT, part.mask_BT).sum()) / tokens
+                ratio = float(ppo.masked_sum(ppo.ratio(new_BT, old_BT, part.mask_BT), part.mask_BT)) / tokens
+            return gradients, moved, ratio
+
+        gradients, moved, ratio = zip(*(found for _, found in self.each(work, batch, rows)), strict=True)
+        self.step(POLICY, self.policy_parameters, gradients, skip=sum(ratio) > config.max_mean_ratio)
+        return math.fsum(moved)
 
     def value_step(self, experience: Experience, rows: list[int]) -> None:
+        """One step of the value."""
         config, batch = self.config, experience.batch
         tokens = int(batch.mask_BT[rows].sum())
-        for micro in _groups(batch, rows, config.micro_tokens):
-            part = batch.rows(micro)
+
+        def work(micro: list[int], part: Batch) -> Sequence[Tensor]:
             width = part.ids_BT.shape[1]
-            ppo.value_loss(
+            loss = ppo.value_loss(
                 self.values(part, experience.running_BT[micro, :width]),
                 experience.values_BT[micro, :width],
                 experience.returns_BT[micro, :width],
                 part.mask_BT,
                 clip=config.value_clip,
                 tokens=tokens,
-            ).backward()
-        self.step(VALUE, self.value_parameters)
+            )
+            return torch.autograd.grad(loss, self.value_parameters)
 
-    def step(self, name: str, parameters: list[nn.Parameter], *, skip: bool = False) -> None:
+        self.step(VALUE, self.value_parameters, [found for _, found in self.each(work, batch, rows)])
+
+    def each(
+        self, work: Callable[[list[int], Batch], T], batch: Batch, rows: Sequence[int] | None = None
+    ) -> list[tuple[list[int], T]]:
+        """What `work` makes of some rows (default: all) in groups of like length, which threads share; always in one order.
+
+        On a CPU a thread with a group of its own wastes less than threads that share each product, most of all where
+        another process is busy too.
+        """
+        rows = range(len(batch.lengths)) if rows is None else rows
+        share = math.ceil(sum(batch.lengths[row] for row in rows) / self.threads)
+        groups = _groups(batch, rows, min(self.config.micro_tokens, share))
+        return list(self.pool.map(lambda group: (group, work(group, batch.rows(group))), groups))
+
+    def step(
+        self, name: str, parameters: list[nn.Parameter], gradients: Sequence[Sequence[Tensor]], *, skip: bool = False
+    ) -> None:
+        """Add up the groups' gradients and step, unless told to skip or they are not finite."""
         optimiser = self.optimisers[name]
+        for parameter, parts in zip(parameters, zip(*gradients, strict=True), strict=True):
+            parameter.grad = torch.stack(parts).sum(0)
         norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
         if not skip and bool(torch.isfinite(norm)):
             optimiser.step()

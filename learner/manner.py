@@ -128,3 +128,8 @@ def opened(text: str, tone: str) -> Iterator[Sentence]:
 def toned(text: str) -> bool:
     """Whether a reply is plainly casual or plainly formal."""
     return (FORMAL_WORDS.search(text) is None) != (CASUAL_WORDS.search(text) is None)
+
+
+def mixed(text: str) -> bool:
+    """Whether a reply is both at once."""
+    return FORMAL_WORDS.search(text) is not None and CASUAL_WORDS.search(text) is not None

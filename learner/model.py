@@ -9,6 +9,7 @@ Batches are padded on the right, so that causality alone keeps the padding from 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ class LearnerModel(nn.Module):
         self.base = base.requires_grad_(False).eval()
         self.chunk_tokens = chunk_tokens
         self.width = int(base.get_input_embeddings().get_parameter("weight").shape[1])
-        self.active: str | None = None
+        self._turn = threading.local()
         modules = {path: base.get_submodule(path) for path in target_modules(base)}
         self.targets = {path: _shape(module) for path, module in modules.items()}
         self.adapters = nn.ModuleDict(
@@ -184,14 +185,20 @@ class LearnerModel(nn.Module):
         assert isinstance(adapter, Adapter)
         return adapter
 
+    @property
+    def active(self) -> str | None:
+        """The adapter whose turn it is in this thread; None is the bare base, the reference."""
+        active: str | None = getattr(self._turn, "active", None)
+        return active
+
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """Forward passes inside the block go through this adapter; None is the bare base, the reference."""
-        before, self.active = self.active, name
+        """Forward passes of this thread inside the block go through this adapter; other threads may use another."""
+        before, self._turn.active = self.active, name
         try:
             yield
         finally:
-            self.active = before
+            self._turn.active = before
 
     def hidden(self, batch: Batch, adapter: str | None) -> Tensor:
         """The last hidden state of every position, [B, T, H]."""

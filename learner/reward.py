@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from learner.concordance import concordance
 from learner.crossfit import CrossFit, RewardConfig, chance_nll
@@ -72,6 +73,7 @@ class RewardModel:
         self.embeddings_VH, self.eos_ids, self.config, self.states = embeddings_VH, eos_ids, config, states
         self.tables: Tables | None = None
         self.links: list[Links] = []
+        self.slope, self.offset = 1.0, 0.0
         self.shift, self.scale = 0.0, 1.0
 
     def fit(
@@ -100,13 +102,20 @@ class RewardModel:
         self.tables = self.tables.rescaled(shift_K, scale_K)
         for links, shift, scale in zip(self.links, shift_K.tolist(), scale_K.tolist(), strict=True):
             links.rescale(shift, scale)
+        self.slope = sum(float(links.slope("thumb")) for links in self.links) / len(self.links)
+        self.offset = sum(float(links.offset) for links in self.links) / len(self.links)
         self.shift, self.scale = 0.0, 1.0
         score_B = self._combine((utility_KB - shift_K[:, None]) / scale_K[:, None])
         self.shift, self.scale = float(score_B.mean()), max(float(score_B.std()), 1e-6)
 
     def _combine(self, utility_K: Tensor) -> Tensor:
-        """The members' mean less κ standard deviations, on the score's scale; members stand first."""
-        score = utility_K.mean(0) - self.config.pessimism * utility_K.std(0)
+        """Log of the chance of a thumb up, by the members' mean less κ standard deviations, on the score's scale.
+
+        Members stand first. The logarithm of a chance saturates: a reply that is surely liked gains nothing by more of the
+        same, so one manner cannot make up for another, and less is to be had by fooling the model (2402.00742, section 2).
+        """
+        careful = utility_K.mean(0) - self.config.pessimism * utility_K.std(0)
+        score = logsigmoid(self.slope * careful + self.offset)
         return (score - self.shift) / self.scale
 
     def score(self, samples: Sequence[Tokens]) -> Tensor:
@@ -144,12 +153,18 @@ class RewardModel:
         if self.tables is None:
             return {}, {}
         names = [name for name in Tables.__slots__ if name != "eos_ids"]
-        return {name: getattr(self.tables, name) for name in names}, {"shift": self.shift, "scale": self.scale}
+        return {name: getattr(self.tables, name) for name in names}, {
+            "slope": self.slope,
+            "offset": self.offset,
+            "shift": self.shift,
+            "scale": self.scale,
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
         if tensors:
             self.tables = Tables(**tensors, eos_ids=frozenset(self.eos_ids))
+            self.slope, self.offset = float(meta["slope"]), float(meta["offset"])
             self.shift, self.scale = float(meta["shift"]), float(meta["scale"])
 
 
