@@ -1,7 +1,8 @@
 """What the reward model sees of a reply: the words, counted, and what the base made of them after this prompt.
 
 The words are a bag of token ids, each blurred over the tokens whose embeddings are like its own, so that one smiling face
-says something of the next. Beside the bag: how often each token occurs, how long the reply is, how it begins and how it ends.
+says something of the next. Beside the bag: how long the reply is, how it begins and how it ends. How often a token occurs is
+left out: a policy that may climb such a count says the same again and again ("-" on a line of its own, for who likes bullets).
 All of that is additive over tokens, so a fitted utility is a table of token scores, and a half-said reply has one too. Only
 the base's hidden states know the prompt; they count once the reply is whole.
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 SHARPNESS = 5.0
 """How fast likeness falls with the cosine distance of two tokens' embeddings: e^(−5·distance)."""
-SHARES: Mapping[str, float] = {"bag": 0.275, "count": 0.075, "length": 0.05, "first": 0.05, "last": 0.05, "state": 0.5}
+SHARES: Mapping[str, float] = {"bag": 0.3, "length": 0.08, "first": 0.06, "last": 0.06, "state": 0.5}
 """How much of the prior belief each block of features gets; measured, see benchmarks/LOG.md."""
 DICTIONARY = 4096
 """At most so many tokens, the most frequent ones of the judged replies."""
@@ -35,19 +36,12 @@ class Said:
     ids: list[int]
     new: list[float]
     """1 where the token was not said before."""
-    more: list[float]
-    """√n − √(n−1) at its n-th occurrence."""
 
     @classmethod
     def of(cls, reply_ids: Sequence[int], eos_ids: Collection[int]) -> Said:
         ids = [token for token in reply_ids if token not in eos_ids]
-        seen: Counter[int] = Counter()
-        new, more = [], []
-        for token in ids:
-            seen[token] += 1
-            new.append(float(seen[token] == 1))
-            more.append(math.sqrt(seen[token]) - math.sqrt(seen[token] - 1))
-        return cls(ids, new, more)
+        first = {token: place for place, token in reversed([*enumerate(ids)])}
+        return cls(ids, [float(first[token] == place) for place, token in enumerate(ids)])
 
 
 class Features:
@@ -66,7 +60,6 @@ class Features:
         said = [Said.of(reply, self.eos_ids) for reply in replies]
         counts = Counter(token for reply in said for token in set(reply.ids))
         self.dictionary = sorted(token for token, _ in counts.most_common(DICTIONARY))
-        self.place = {token: index for index, token in enumerate(self.dictionary)}
         self.spread_S = (states_BS - states_BS.mean(0)).square().mean(0).sqrt().clamp_min(1e-6)
         blocks = self._blocks(said, states_BS)
         total = sum(SHARES[name] for name, block in blocks.items() if block.shape[1])
@@ -89,14 +82,11 @@ class Features:
         state_offset_K = middling.pop("state")
         constant_K = -torch.stack([*middling.values()]).sum(0)
         blurred = {name: self._blur(parts[name] * self.scale[name]) for name in ("bag", "first", "last")}
-        count_KV = torch.zeros_like(blurred["bag"])
-        count_KV[:, self.dictionary] = parts["count"] * self.scale["count"]
         length_K = parts["length"].squeeze(1) * self.scale["length"]
         return Tables(
             bag_KV=blurred["bag"],
             first_KV=blurred["first"],
             last_KV=blurred["last"],
-            count_KV=count_KV,
             length_K=length_K,
             constant_K=constant_K,
             end_K=middling["last"],
@@ -111,19 +101,15 @@ class Features:
         column = {token: index for index, token in enumerate(vocabulary)}
         likeness_XU = self._likeness(vocabulary)
         bag, first, last = (torch.zeros(len(said), len(self.dictionary)) for _ in range(3))
-        count_BU = torch.zeros(len(said), len(self.dictionary))
         for row, reply in enumerate(said):
             if not reply.ids:
                 continue
             columns = [column[token] for token in reply.ids]
             bag[row] = torch.tensor(reply.new) @ likeness_XU[columns]
             first[row], last[row] = likeness_XU[columns[0]], likeness_XU[columns[-1]]
-            for token, more in zip(reply.ids, reply.more, strict=True):
-                if token in self.place:
-                    count_BU[row, self.place[token]] += more
         length_B1 = torch.tensor([[float(len(reply.ids))] for reply in said])
         state_BS = states_BS / self.spread_S
-        return {"bag": bag, "count": count_BU, "length": length_B1, "first": first, "last": last, "state": state_BS}
+        return {"bag": bag, "length": length_B1, "first": first, "last": last, "state": state_BS}
 
     def _likeness(self, tokens: Sequence[int]) -> Tensor:
         """How much each token counts as each of the dictionary, [X, U], 1 for itself."""
@@ -143,7 +129,6 @@ class Tables:
     bag_KV: Tensor
     first_KV: Tensor
     last_KV: Tensor
-    count_KV: Tensor
     length_K: Tensor
     constant_K: Tensor
     end_K: Tensor
@@ -173,7 +158,7 @@ class Tables:
         running_KT = self.constant_K[:, None].repeat(1, len(reply_ids) + 1)
         if said.ids:
             ids = torch.tensor(said.ids)
-            added_KT = self.bag_KV[:, ids] * torch.tensor(said.new) + self.count_KV[:, ids] * torch.tensor(said.more)
+            added_KT = self.bag_KV[:, ids] * torch.tensor(said.new)
             added_KT += self.length_K[:, None]
             added_KT[:, 0] += self.first_KV[:, ids[0]]
             running_KT[:, 1 : len(ids) + 1] += added_KT.cumsum(1)

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from learner import ppo
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
-from learner.rollouts import Prompt, Rollout, Sampler, shuffled
+from learner.rollouts import Prompt, Rollout, Sampler, repetition, shuffled
 from serving.lora import AdapterWeights
 
 T = TypeVar("T")
@@ -28,8 +28,6 @@ T = TypeVar("T")
 POLICY, VALUE = "policy", "value"
 KL_AIM = 0.95
 """Share of the KL limit that an update which overran it goes back to."""
-MIN_GAIN = 0.02
-"""Of the mean score, in standard deviations of the reference's: less is no gain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +53,8 @@ class PPOConfig:
     value_clip: float = 0.2
     score_clip: float = 5.0
     missing_eos_penalty: float = 1.0
+    repetition_penalty: float = 5.0
+    """Times the share of four-token phrases that were said before in the reply: nothing is to be gained by saying it twice."""
     beta: float = 0.05
     """Price of a nat at the start."""
     kl_target: float = 1.5
@@ -64,8 +64,10 @@ class PPOConfig:
     kl_horizon: float = 20.0
     step_limit: float = 0.02
     """Nats a token (k3) between the rollouts' policy and the new one, at which a batch's epochs end."""
+    kl_price: float = 0.15
+    """Of the mean score, in standard deviations of the reference's, that a nat a reply must bring to be worth it."""
     patience: int = 3
-    """Batches without a better mean score, after which the update ends."""
+    """Batches that are not worth more than the best before them, after which the update ends."""
     max_mean_ratio: float = 10.0
     """A minibatch whose mean ratio is above this is skipped."""
     grad_clip: float = 1.0
@@ -129,6 +131,8 @@ class PolicyReport:
 
     batches: list[dict[str, float]] = field(default_factory=list)
     stopped: str = ""
+    kept: int = 0
+    """The batch whose policy was taken."""
 
 
 class Improver:
@@ -167,7 +171,7 @@ class Improver:
         config, report = self.config, PolicyReport()
         self.beat = lambda: progress("ppo", len(report.batches) / config.batches)
         queue = shuffled(prompts, self.random.getrandbits(32))
-        kept: AdapterWeights | None = None
+        kept: list[AdapterWeights] = []
         for number in range(config.batches):
             progress("rollouts", number / config.batches)
             started = time.perf_counter()
@@ -180,13 +184,12 @@ class Improver:
             experience = self.look_at(rollouts)
             figures = experience.figures | {"beta": self.control.beta, "rollouts_s": sampled - started}
             report.batches.append(figures)
+            kept.append(weights)
             if figures["kl"] > config.kl_limit:
                 report.stopped = f"the KL to the reference reached {figures['kl']:.2f} nats a reply"
-                self.go_back(kept, weights, report)
                 break
-            kept = weights
-            if tired(report.batches, config.patience):
-                report.stopped = f"{config.patience} batches brought no reward"
+            if number - best(report.batches, config.kl_price) >= config.patience:
+                report.stopped = f"{config.patience} batches brought no reward worth its KL"
                 break
             if number == 0:
                 figures["explained_variance"] = self.warm_up(experience)
@@ -195,15 +198,19 @@ class Improver:
             figures["steps_s"] = time.perf_counter() - sampled
         else:
             report.stopped = f"all {config.batches} batches were used"
+        report.kept = best(report.batches, config.kl_price)
+        self.policy.load(kept[report.kept])
+        self.go_back(kept, report)
         return report
 
-    def go_back(self, kept: AdapterWeights | None, beyond: AdapterWeights, report: PolicyReport) -> None:
+    def go_back(self, kept: Sequence[AdapterWeights], report: PolicyReport) -> None:
         """From weights beyond the KL limit, go back towards the last ones within it, as far as the budget asks."""
-        if kept is None:
+        outside = report.batches[report.kept]["kl"]
+        if report.kept == 0 or outside <= self.config.kl_limit:
             return
-        inside, outside = (batch["kl"] for batch in report.batches[-2:])
+        inside = report.batches[report.kept - 1]["kl"]
         share = (KL_AIM * self.config.kl_limit - inside) / (outside - inside)
-        self.policy.load(blend(kept, beyond, min(max(share, 0.0), 1.0)))
+        self.policy.load(blend(kept[report.kept - 1], kept[report.kept], min(max(share, 0.0), 1.0)))
 
     # experience
 
@@ -222,7 +229,8 @@ class Improver:
             old_BT[rows, :width], reference_BT[rows, :width], kl_BT[rows, :width] = found
         values_BT = self.all_values(batch, running_BT)
         cut_B = torch.tensor([not rollout.ended for rollout in rollouts])
-        penalised_B = scores_B - config.missing_eos_penalty * cut_B
+        repeated_B = torch.tensor([repetition(rollout.reply_ids) for rollout in rollouts])
+        penalised_B = scores_B - config.missing_eos_penalty * cut_B - config.repetition_penalty * repeated_B
         k1_BT = ppo.k1(old_BT, reference_BT, mask_BT)
         rewards_BT = ppo.token_rewards(penalised_B, k1_BT, mask_BT, self.control.beta)
         advantages_BT, returns_BT = self.estimate(rewards_BT, values_BT, mask_BT)
@@ -232,6 +240,7 @@ class Improver:
             "k1": float(k1_BT.sum(1).mean()),
             "tokens": float(mask_BT.sum(1).float().mean()),
             "ended": 1 - float(cut_B.float().mean()),
+            "repetition": float(repeated_B.mean()),
             "explained_variance": ppo.explained_variance(values_BT, returns_BT, mask_BT),
         }
         return Experience(batch, old_BT, rewards_BT, values_BT, advantages_BT, returns_BT, running_BT, figures)
@@ -364,10 +373,12 @@ class Improver:
         optimiser.zero_grad(set_to_none=True)
 
 
-def tired(batches: Sequence[dict[str, float]], patience: int) -> bool:
-    """True when the last `patience` batches scored no better than the best before them."""
-    scores = [batch["score"] for batch in batches]
-    return len(scores) > patience and max(scores[-patience:]) < max(scores[:-patience]) + MIN_GAIN
+def best(batches: Sequence[dict[str, float]], kl_price: float) -> int:
+    """The batch whose policy scored most, less the price of its KL.
+
+    Once nearly every reply is liked, whitened advantages are mostly noise: the policy goes on moving, and only the KL grows.
+    """
+    return max(range(len(batches)), key=lambda number: batches[number]["score"] - kl_price * batches[number]["kl"])
 
 
 def blend(start: AdapterWeights, end: AdapterWeights, share: float) -> AdapterWeights:

@@ -188,7 +188,12 @@ class Round:
         improver = Improver(self.model, trainer.value_head, trainer.reward, trainer.sampler, trainer.ppo, self.seed)
         report = improver.run(self.prompts, self.progress)
         rollouts_s = sum(batch["rollouts_s"] for batch in report.batches)
-        self.report["policy"] = {"started_from": started_from, "stopped": report.stopped, "batches": report.batches}
+        self.report["policy"] = {
+            "started_from": started_from,
+            "stopped": report.stopped,
+            "kept": report.kept,
+            "batches": report.batches,
+        }
         self.spend("ppo")
         self.report["seconds"]["rollouts"] += rollouts_s
         self.report["seconds"]["ppo"] -= rollouts_s

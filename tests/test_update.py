@@ -13,7 +13,7 @@ from torch import Tensor
 
 from learner import checkpoint
 from learner.config import LearnerConfig
-from learner.improve import POLICY, VALUE, Improver, PPOConfig, ValueHead, blend, tired
+from learner.improve import POLICY, VALUE, Improver, PPOConfig, ValueHead, best, blend
 from learner.model import LearnerModel, Tokens
 from learner.rollouts import Rollout, Sampler, shuffled
 from learner.state import Judgement, Sample
@@ -26,7 +26,9 @@ from tests import bases
 
 PROMPTS = [(number, number + 1, number + 2) for number in range(10, 60, 4)]
 NICE = 84
-SMALL = PPOConfig(rollouts=32, minibatch=16, batches=4, lr=1e-2, value_lr=1e-2, warmup_steps=1, step_limit=0.2)
+SMALL = PPOConfig(
+    rollouts=32, minibatch=16, batches=4, lr=1e-2, value_lr=1e-2, warmup_steps=1, step_limit=0.2, kl_price=0.0
+)
 
 
 class LowIds:
@@ -52,10 +54,6 @@ def score_of(found: Improver, rollouts: Sequence[Rollout]) -> float:
 
 def bytes_of(weights: AdapterWeights) -> bytes:
     return b"".join(tensor.numpy().tobytes() for pair in weights.tensors.values() for tensor in pair)
-
-
-def gradients_of(found: Improver) -> list[Tensor]:
-    return [p.grad for p in (*found.policy_parameters, *found.value_parameters) if p.grad is not None]
 
 
 # PPO
@@ -88,12 +86,15 @@ def test_4_the_gradient_does_not_depend_on_the_micro_batches(
     def gradients(tokens: int) -> list[Tensor]:
         found = improver(dataclasses.replace(SMALL, micro_tokens=tokens))
         found.policy.load(bases.adapter(found.model.base, scaling=0.3))
-        monkeypatch.setattr(found, "step", lambda *_, **__: None)
+        given: list[Tensor] = []
+        monkeypatch.setattr(
+            found, "step", lambda _name, _of, parts, **_: given.extend(map(sum, zip(*parts, strict=True)))
+        )
         experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
         rows = [7, 2, 9, 4, 0]
         found.policy_step(experience, rows)
         found.value_step(experience, rows)
-        return gradients_of(found)
+        return given
 
     expected = gradients(500)
     torch.testing.assert_close(gradients(micro_tokens), expected, rtol=1e-3, atol=1e-6)
@@ -124,6 +125,15 @@ def test_a_reply_cut_at_the_limit_is_penalised_and_no_end_is_forged() -> None:
     plain = improver(dataclasses.replace(SMALL, missing_eos_penalty=0.0)).look_at(rollouts)
     gap = plain.figures["score"] - found.look_at(rollouts).figures["score"]
     assert gap == pytest.approx(100 * sum(cut) / len(cut), rel=1e-4)
+
+
+def test_a_phrase_said_twice_costs() -> None:
+    found, prompt = improver(dataclasses.replace(SMALL, repetition_penalty=6.0)), PROMPTS[0]
+    once, twice = (Rollout(prompt, ids, True, ()) for ids in ((*range(10, 20), 2), (*range(10, 15), *range(10, 15), 2)))
+    plain = improver(dataclasses.replace(SMALL, repetition_penalty=0.0))
+    for one, cost in ((once, 0.0), (twice, 6.0 * 2 / 8)):  # of the 8 phrases of four tokens two come again
+        gap = plain.look_at([one]).figures["score"] - found.look_at([one]).figures["score"]
+        assert gap == pytest.approx(cost, abs=1e-5)
 
 
 def test_the_value_starts_as_the_score_of_what_was_said() -> None:
@@ -177,14 +187,20 @@ def test_blending_ends_at_both_ends() -> None:
     assert difference(blend(one, other, 0.5), one) > 0.01
 
 
-def test_it_tires_after_batches_without_a_gain() -> None:
-    def batches(*scores: float) -> list[dict[str, float]]:
-        return [{"score": score} for score in scores]
+def test_the_policy_taken_is_the_one_worth_its_kl() -> None:
+    def batches(*pairs: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"score": score, "kl": kl} for score, kl in pairs]
 
-    assert not tired(batches(0, 1, 1), patience=3)
-    assert not tired(batches(0, 1, 0.9, 1.01), patience=3)
-    assert tired(batches(0, 1, 0.9, 1.01, 0.8), patience=3)
-    assert not tired(batches(0, 1, 0.9, 1.01, 1.03), patience=3)
+    assert best(batches((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)), 0.2) == 2
+    assert best(batches((0.0, 0.0), (1.0, 0.8), (1.04, 1.8), (1.02, 1.7)), 0.2) == 1
+    assert best(batches((0.0, 0.0), (-0.5, 0.1)), 0.2) == 0
+
+
+def test_an_update_ends_when_batches_bring_nothing_worth_their_kl() -> None:
+    found = improver(dataclasses.replace(SMALL, lr=0.0, value_lr=0.0, batches=16, patience=3))
+    report = found.run(PROMPTS, lambda *_: None)
+    assert len(report.batches) - 1 - report.kept == 3
+    assert "worth its KL" in report.stopped
 
 
 def test_prompts_come_in_rounds() -> None:
@@ -202,8 +218,10 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     folder = tmp_path_factory.mktemp("base")
     bases.llama().save_pretrained(folder)
     bases.byte_tokenizer().save_pretrained(folder)
-    settings = {"rollouts": 32, "minibatch": 16, "update_batches": 2, "rollout_tokens": 12, "gate_samples": 48}
-    return Trainer(LearnerConfig(serving=ServingConfig(model=str(folder)), **settings))
+    settings = {"rollouts": 32, "minibatch": 16, "update_batches": 4, "rollout_tokens": 12, "gate_samples": 48}
+    found = Trainer(LearnerConfig(serving=ServingConfig(model=str(folder)), **settings))
+    found.ppo = dataclasses.replace(found.ppo, lr=5e-3, kl_price=0.0)  # a base of noise is not worth a nat
+    return found
 
 
 def asked(trainer: Trainer) -> list[tuple[int, ...]]:
