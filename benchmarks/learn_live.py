@@ -68,11 +68,12 @@ def main() -> None:
     given = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `heed up` is stopped on the way out
     done = {(row["taste"], row["noise"], row["seed"]): row for row in read(given.results)}
+    of_base: dict[int, list[Reply]] = {}
     for cell in cells(given):
         if cell.key in done or given.table:
             continue
         print(f"{cell.taste}, {cell.noise:.0%} wrong, seed {cell.seed} ...", file=sys.stderr, flush=True)
-        row = measure(cell, given)
+        row = measure(cell, given, of_base)
         given.results.parent.mkdir(parents=True, exist_ok=True)
         with given.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -104,15 +105,15 @@ def read(path: Path) -> list[Json]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def measure(cell: Cell, given: argparse.Namespace) -> Json:
-    """One run, from an empty data folder to a row of the table."""
+def measure(cell: Cell, given: argparse.Namespace, of_base: dict[int, list[Reply]]) -> Json:
+    """One run, from an empty data folder to a row of the table. `of_base`: the base's replies by seed, kept between runs."""
     started = time.monotonic()
     base = find_model(given.model)
     prompts = json.loads((base / "prompts.json").read_text("utf-8"))
     half = len(prompts) // 2
     with tempfile.TemporaryDirectory(prefix="heed-learn-") as data:
         with heed_up(Path(data), given.model, given.log) as url:
-            row = asyncio.run(teach_and_judge(url, cell, prompts[:half], prompts[half:]))
+            row = asyncio.run(teach_and_judge(url, cell, prompts[:half], prompts[half:], of_base))
         adapters = Path(data) / "adapters" / "default"
         pairs = row.pop("ids")
         row["kl_mean"] = kl_mean(base, adapters / f"v{row['version']:06d}", pairs) if row["version"] else 0.0
@@ -153,7 +154,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-async def teach_and_judge(url: str, cell: Cell, seen: Sequence[str], unseen: Sequence[str]) -> Json:
+async def teach_and_judge(
+    url: str, cell: Cell, seen: Sequence[str], unseen: Sequence[str], of_base: dict[int, list[Reply]]
+) -> Json:
     """300 thumbs, a wait, and what the raters would think now, beside what they would have thought of the base."""
     async with Client(url) as client:
         began = time.time()
@@ -162,13 +165,14 @@ async def teach_and_judge(url: str, cell: Cell, seen: Sequence[str], unseen: Seq
         waited = time.time() - last
         policy = await client.policy()
         after = await answers(client, unseen, f"default@v{version}", cell.seed)
-        before = await answers(client, unseen, "default@v0", cell.seed)
+        if cell.seed not in of_base:  # same seed, version and prompt: the same reply in every run
+            of_base[cell.seed] = await answers(client, unseen, "default@v0", cell.seed)
         ids = [await ids_of(client, reply) for reply in after]
     return {
         "version": version,
         "updates": (policy.get("last_update") or {}).get("number"),
         "why": policy.get("why"),
-        "before": quality(before, cell.taste),
+        "before": quality(of_base[cell.seed], cell.taste),
         "after": quality(after, cell.taste),
         "freshness": policy.get("freshness"),
         "thumbs_s": last - began,
@@ -219,7 +223,7 @@ async def answers(client: Client, prompts: Sequence[str], model: str, seed: int)
         for prompt, again in asked:
             replies.extend(await client.ask(prompt, model=model, temperature=1, seed=1000 * seed + again, user="judge"))
 
-    await asyncio.gather(*(talk() for _ in range(2 * AT_ONCE)))
+    await asyncio.gather(*(talk() for _ in range(4 * AT_ONCE)))
     return replies
 
 

@@ -41,21 +41,21 @@ class Settings(BaseModel):
 class FeedbackConfig(Settings):
     """Where everything is kept, and for whom."""
 
-    data: Path = Field(Path("heed-data"), description="Folder of everything that this server and its learner keep.")
+    data: Path = Field(Path("heed-data"), description="folder of everything that this server and its learner keep")
     policy: str = Field(
         "default",
         pattern=r"^[a-z0-9-]{1,40}$",
-        description="Name of the line of adapters that is served and improved.",
+        description="name of the line of adapters that is served and improved",
     )
     secret: str | None = Field(
         None,
         min_length=16,
         repr=False,
-        description="Key that signs reply and feedback ids; servers that share traffic share it. "
-        "Unset: made once, in the data folder.",
+        description="key that signs reply and feedback ids; servers that share traffic share it; "
+        "none: made once, in the data folder",
     )
     join_wait_s: float = Field(
-        86400, ge=0, le=31_536_000, description="Seconds that feedback waits for its exchange before it is dropped."
+        86400, ge=0, le=31_536_000, description="how long feedback waits for its exchange before it is dropped, seconds"
     )
 
 

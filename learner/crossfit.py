@@ -48,7 +48,7 @@ class RewardConfig:
     rater_penalty: float = 1.0
     """Shrinks each rater's bias to 0, in nats at a bias of √2."""
     rater_share: float = 0.1
-    """One rater's judgements weigh at most this share of all, where enough raters are known."""
+    """One rater's judgements are at most this share of all that count, where enough raters are known."""
     pessimism: float = 1.0
     """κ: how many standard deviations between members are taken off the score."""
 
@@ -144,7 +144,7 @@ def fit_member(features_NF: Tensor, evidence: Evidence, raters: int, penalty: fl
     for last in [False] * config.rounds + [True]:
         links = Links(raters, config.smoothing).to(features_NF.dtype)
         gram_NN = (seen_NF * prior_F) @ seen_NF.T
-        root_NN = torch.linalg.cholesky(gram_NN + 1e-4 * torch.eye(len(rows), dtype=gram_NN.dtype))
+        root_NN = torch.linalg.cholesky(gram_NN + (1e-4 + 1e-6 * len(rows)) * torch.eye(len(rows), dtype=gram_NN.dtype))
         point_N = torch.zeros(len(rows), dtype=gram_NN.dtype, requires_grad=True)
         _minimise(point_N, links, root_NN, rows, len(features_NF), evidence, penalty, config)
         beta_N = torch.linalg.solve_triangular(root_NN.T, point_N.detach()[:, None], upper=True).squeeze(1)
@@ -260,7 +260,9 @@ class CrossFit:
         return out_J
 
     def compared(self) -> list[Compared]:
-        """The comparisons that judge the members: within one kind and one fold."""
+        """The comparisons that judge the members: within one kind and one fold. None where one fold holds everything."""
+        if len(set(self.fold_J)) < 2:
+            return []
         score_J = self._unseen(
             self.members,
             lambda _, utility_N, rows: (

@@ -163,7 +163,7 @@ class Tables:
             added_KT[:, 0] += self.first_KV[:, ids[0]]
             running_KT[:, 1 : len(ids) + 1] += added_KT.cumsum(1)
             running_KT[:, len(ids) + 1 :] = running_KT[:, len(ids), None]
-            running_KT[:, 1:-1] += self.end_K[:, None]
+            running_KT[:, :-1] += self.end_K[:, None]
             running_KT[:, -1] += self.last_KV[:, ids[-1]]
         running_KT[:, -1] += self.state_KS @ state_S - self.state_offset_K
         return running_KT

@@ -60,7 +60,7 @@ def knows(report: RewardReport) -> Check:
             False,
             None,
             0.5,
-            f"There is nothing to learn from: {total} judgements, all saying the same.",
+            f"There is nothing to learn from: {total} judgements, all saying the same, or all of one prompt.",
         )
     lower = report.lower(SURE)
     return _check(

@@ -26,6 +26,8 @@ from serving.lora import AdapterWeights
 T = TypeVar("T")
 
 POLICY, VALUE = "policy", "value"
+MOVED_KL = 0.1
+"""Nats a reply from which on a policy counts as moved."""
 KL_AIM = 0.95
 """Share of the KL limit that an update which overran it goes back to."""
 
@@ -41,7 +43,7 @@ class PPOConfig:
     epochs: int = 2
     """Passes over a batch."""
     batches: int = 16
-    """At most so many in an update."""
+    """At most so many in an update; one more is sampled to see what the last of them brought."""
     lr: float = 1e-3
     value_lr: float = 1e-3
     warmup_steps: int = 4
@@ -172,7 +174,7 @@ class Improver:
         self.beat = lambda: progress("ppo", len(report.batches) / config.batches)
         queue = shuffled(prompts, self.random.getrandbits(32))
         kept: list[AdapterWeights] = []
-        for number in range(config.batches):
+        for number in range(config.batches + 1):
             progress("rollouts", number / config.batches)
             started = time.perf_counter()
             weights = self.policy.weights()
@@ -188,16 +190,17 @@ class Improver:
             if figures["kl"] > config.kl_limit:
                 report.stopped = f"the KL to the reference reached {figures['kl']:.2f} nats a reply"
                 break
-            if number - best(report.batches, config.kl_price) >= config.patience:
+            if idle(report.batches, config.kl_price) >= config.patience:
                 report.stopped = f"{config.patience} batches brought no reward worth its KL"
+                break
+            if number == config.batches:
+                report.stopped = f"all {config.batches} batches were used"
                 break
             if number == 0:
                 figures["explained_variance"] = self.warm_up(experience)
             figures |= self.learn_from(experience)
             self.control.update(figures["kl"])
             figures["steps_s"] = time.perf_counter() - sampled
-        else:
-            report.stopped = f"all {config.batches} batches were used"
         report.kept = best(report.batches, config.kl_price)
         self.policy.load(kept[report.kept])
         self.go_back(kept, report)
@@ -254,7 +257,8 @@ class Improver:
     def values(self, batch: Batch, running_BT: Tensor) -> Tensor:
         """The value of the state before each reply token, [B, T]; 0 elsewhere."""
         hidden_BTH = self.model.hidden(batch, VALUE)
-        return batch.spread(self.value_head(hidden_BTH[batch.before_BT], running_BT[batch.mask_BT]))
+        hidden_NH = hidden_BTH[batch.before_BT].float().cpu()
+        return batch.spread(self.value_head(hidden_NH, running_BT[batch.mask_BT]))
 
     @torch.no_grad()
     def all_values(self, batch: Batch, running_BT: Tensor) -> Tensor:
@@ -319,7 +323,7 @@ class Improver:
             )
             gradients = torch.autograd.grad(loss, self.policy_parameters)
             with torch.no_grad():
-                moved = float(ppo.k3(new_BT, old_BT, part.mask_BT).sum()) / tokens
+                moved = float(ppo.k3(old_BT, new_BT, part.mask_BT).sum()) / tokens
                 ratio = float(ppo.masked_sum(ppo.ratio(new_BT, old_BT, part.mask_BT), part.mask_BT)) / tokens
             return gradients, moved, ratio
 
@@ -379,6 +383,12 @@ def best(batches: Sequence[dict[str, float]], kl_price: float) -> int:
     Once nearly every reply is liked, whitened advantages are mostly noise: the policy goes on moving, and only the KL grows.
     """
     return max(range(len(batches)), key=lambda number: batches[number]["score"] - kl_price * batches[number]["kl"])
+
+
+def idle(batches: Sequence[dict[str, float]], kl_price: float) -> int:
+    """Batches since the best one, or since the policy began to move: a lucky first batch is no reason to stop."""
+    moved = (n for n, batch in enumerate(batches) if abs(batch["kl"] - batches[0]["kl"]) > MOVED_KL)
+    return len(batches) - 1 - max(best(batches, kl_price), next(moved, len(batches) - 1))
 
 
 def blend(start: AdapterWeights, end: AdapterWeights, share: float) -> AdapterWeights:

@@ -1,9 +1,10 @@
-"""One frozen base model, and low-rank adapters of it that take turns: policy, reward and value.
+"""One frozen base model, and low-rank adapters of it that take turns, such as policy and value.
 
 The base's weights exist once: the engine that makes the rollouts runs a twin of it, a second module over the same storage.
 
 Axes: B replies, T positions of a padded batch, N tokens of a list, H hidden width, V vocabulary, r rank, I in, O out.
-Batches are padded on the right, so that causality alone keeps the padding from the real tokens.
+Batches are padded on the right, so that causality alone keeps the padding from the real tokens. They lie on the CPU, and so
+does what is made of their tokens; hidden states stay where the base is.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Adapter(nn.Module):
         """Make it fresh: PEFT's initialisation (A uniform, B zero), from its own random numbers."""
         generator = torch.Generator().manual_seed(seed)
         for down_rI, up_Or in zip(self.down, self.up, strict=True):
-            down_rI.uniform_(-1 / math.sqrt(down_rI.shape[1]), 1 / math.sqrt(down_rI.shape[1]), generator=generator)
+            bound = 1 / math.sqrt(down_rI.shape[1])
+            down_rI.copy_(torch.empty(down_rI.shape).uniform_(-bound, bound, generator=generator))
             up_Or.zero_()
 
     def forward(self, path: str, inputs: Tensor) -> Tensor:
@@ -113,23 +115,25 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def weights(self) -> AdapterWeights:
         """A copy of the weights, in the form that the engine and the adapter store take."""
-        tensors = {path: (self.down[i].detach().clone(), self.up[i].detach().clone()) for path, i in self.paths.items()}
+        down, up = ([matrix.detach().cpu().clone() for matrix in matrices] for matrices in (self.down, self.up))
+        tensors = {path: (down[index], up[index]) for path, index in self.paths.items()}
         return AdapterWeights(rank=self.rank, scaling=self.scaling, tensors=tensors)
 
     @torch.no_grad()
     def load(self, weights: AdapterWeights) -> None:
-        """Take over weights of the same shape, or of a lower rank or another scaling; raises ValueError on others."""
-        if set(weights.tensors) != set(self.paths) or weights.rank > self.rank:
+        """Take over weights of the same rank or a lower one, on these layers or some of them; raises ValueError on others."""
+        if not set(weights.tensors) <= set(self.paths) or weights.rank > self.rank:
             raise ValueError(
                 f"the adapter has rank {weights.rank} on {len(weights.tensors)} layers; "
                 f"this learner trains rank {self.rank} on {len(self.paths)} layers"
             )
-        for path, (down_rI, up_Or) in weights.tensors.items():
-            scaling = weights.scaling if isinstance(weights.scaling, float) else weights.scaling[path]
-            index = self.paths[path]
+        for path, index in self.paths.items():
             self.up[index].zero_()
-            self.down[index][: weights.rank].copy_(down_rI)
-            self.up[index][:, : weights.rank].copy_(up_Or * (scaling / self.scaling))
+            if path in weights.tensors:
+                down_rI, up_Or = weights.tensors[path]
+                rank = len(down_rI)  # of this layer: it may be lower than that of others
+                self.down[index][:rank].copy_(down_rI)
+                self.up[index][:, :rank].copy_(up_Or * (weights.scaling_of(path) / self.scaling))
 
 
 class LearnerModel(nn.Module):
@@ -159,6 +163,7 @@ class LearnerModel(nn.Module):
         self.adapters = nn.ModuleDict(
             {name: Adapter(self.targets, rank, scaling, seed + index) for index, name in enumerate(names)}
         )
+        self.adapters.to(base.device)
         for path, module in modules.items():
             module.register_forward_hook(partial(self._add_adapter, path))
         if checkpointing:
@@ -202,9 +207,10 @@ class LearnerModel(nn.Module):
 
     def hidden(self, batch: Batch, adapter: str | None) -> Tensor:
         """The last hidden state of every position, [B, T, H]."""
-        positions_BT = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device).expand_as(batch.ids_BT)
+        ids_BT = batch.ids_BT.to(self.base.device)
+        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         with self.using(adapter):
-            output = self.base.base_model(input_ids=batch.ids_BT, position_ids=positions_BT, use_cache=False)
+            output = self.base.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False)
         hidden_BTH: Tensor = output.last_hidden_state
         return hidden_BTH
 
@@ -214,11 +220,11 @@ class LearnerModel(nn.Module):
 
         [B, 2H], fp32, on the CPU.
         """
-        hidden_BTH = self.hidden(batch, None).float()
+        hidden_BTH = self.hidden(batch, None).float().cpu()
         reply_BT1 = batch.mask_BT[..., None]
         mean_BH = torch.where(reply_BT1, hidden_BTH, 0).sum(1) / reply_BT1.sum(1)
         end_BH = hidden_BTH[torch.arange(len(batch.lengths)), torch.tensor(batch.lengths) - 1]
-        return torch.cat([mean_BH, end_BH], 1).cpu()
+        return torch.cat([mean_BH, end_BH], 1)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """fp32 logits over the vocabulary, [N, V]."""
@@ -228,13 +234,13 @@ class LearnerModel(nn.Module):
     def logprobs(self, batch: Batch, adapter: str | None) -> Tensor:
         """log p of each reply token at T=1, fp32, [B, T]; 0 elsewhere. The vocabulary is never held for all tokens at once."""
         hidden_NH = self.hidden(batch, adapter)[batch.before_BT]
-        ids_N = batch.ids_BT[batch.mask_BT]
+        ids_N = batch.ids_BT[batch.mask_BT].to(hidden_NH.device)
         chunks = zip(hidden_NH.split(self.chunk_tokens), ids_N.split(self.chunk_tokens), strict=True)
         if len(ids_N) > self.chunk_tokens and torch.is_grad_enabled():
             parts = [checkpoint(self._said, *chunk, use_reentrant=False) for chunk in chunks]
         else:
             parts = [self._said(*chunk) for chunk in chunks]
-        return batch.spread(torch.cat(parts))
+        return batch.spread(torch.cat(parts).cpu())
 
     def _said(self, hidden_NH: Tensor, ids_N: Tensor) -> Tensor:
         return -functional.cross_entropy(self.logits(hidden_NH), ids_N, reduction="none")
@@ -242,14 +248,14 @@ class LearnerModel(nn.Module):
     @torch.no_grad()
     def compare(self, batch: Batch, adapter: str | None, reference: str | None) -> tuple[Tensor, Tensor, Tensor]:
         """log-probs of the reply tokens under the adapter and the reference, and the full KL between them, each [B, T]."""
-        ids_N = batch.ids_BT[batch.mask_BT]
+        ids_N = batch.ids_BT[batch.mask_BT].to(self.base.device)
         new_NH, reference_NH = (self.hidden(batch, name)[batch.before_BT] for name in (adapter, reference))
         parts = []
         for ids, new, ref in zip(*(t.split(self.chunk_tokens) for t in (ids_N, new_NH, reference_NH)), strict=True):
             new_NV, reference_NV = self.logits(new), self.logits(ref)
             logprobs = (-functional.cross_entropy(logits, ids, reduction="none") for logits in (new_NV, reference_NV))
             parts.append(torch.stack([*logprobs, ppo.full_kl(new_NV, reference_NV)]))
-        new_N, reference_N, kl_N = torch.cat(parts, 1)
+        new_N, reference_N, kl_N = torch.cat(parts, 1).cpu()
         return batch.spread(new_N), batch.spread(reference_N), batch.spread(kl_N)
 
     @torch.no_grad()
@@ -258,7 +264,7 @@ class LearnerModel(nn.Module):
         new_NH, reference_NH = (self.hidden(batch, name)[batch.before_BT] for name in (adapter, reference))
         chunks = zip(new_NH.split(self.chunk_tokens), reference_NH.split(self.chunk_tokens), strict=True)
         kl_N = torch.cat([ppo.full_kl(self.logits(new), self.logits(reference)) for new, reference in chunks])
-        return batch.spread(kl_N).sum(1)
+        return batch.spread(kl_N.cpu()).sum(1)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from learner.concordance import concordance
-from learner.crossfit import CrossFit, RewardConfig, chance_nll
+from learner.crossfit import CrossFit, Member, RewardConfig, chance_nll
 from learner.features import Tables
-from learner.losses import Links
 
 if TYPE_CHECKING:
     from learner.crossfit import States
@@ -72,7 +71,6 @@ class RewardModel:
         """`embeddings_VH`: the base's input embeddings; `states`: what it makes of replies to their prompts."""
         self.embeddings_VH, self.eos_ids, self.config, self.states = embeddings_VH, eos_ids, config, states
         self.tables: Tables | None = None
-        self.links: list[Links] = []
         self.slope, self.offset = 1.0, 0.0
         self.shift, self.scale = 0.0, 1.0
 
@@ -85,28 +83,31 @@ class RewardModel:
     ) -> RewardReport:
         """Learn from all judgements anew. `reference`: replies of the reference policy, which fix the scale of the score."""
         fit = CrossFit(self.embeddings_VH, self.eos_ids, judgements, self.states, self.config, seed, progress)
-        self.tables, self.links = fit.tables(), [member.links for member in fit.members]
-        utility_KB = self._utilities(reference)
-        self._normalise(utility_KB)
-        return self._report(fit, self._utilities(reference), [len(sample.reply_ids) for sample in reference])
+        self.tables = fit.tables()
+        utility_KB = self._normalise(self._utilities(reference), fit.members)
+        return self._report(fit, utility_KB, [len(sample.reply_ids) for sample in reference])
 
     def _utilities(self, samples: Sequence[Tokens]) -> Tensor:
         """What each member says of these replies, [K, B]."""
         assert self.tables is not None, "fit the reward model first"
         return self.tables.utilities([sample.reply_ids for sample in samples], self.states(samples))
 
-    def _normalise(self, utility_KB: Tensor) -> None:
-        """Mean 0 and standard deviation 1 over these replies: for each member, links following, and for the score of all."""
+    def _normalise(self, utility_KB: Tensor, members: Sequence[Member]) -> Tensor:
+        """Mean 0 and standard deviation 1 over these replies, for each member and for the score of all.
+
+        The links follow, on average over the members. Returns the utilities on their new scale, [K, B].
+        """
         assert self.tables is not None
         shift_K, scale_K = utility_KB.mean(1), utility_KB.std(1).clamp_min(1e-6)
         self.tables = self.tables.rescaled(shift_K, scale_K)
-        for links, shift, scale in zip(self.links, shift_K.tolist(), scale_K.tolist(), strict=True):
-            links.rescale(shift, scale)
-        self.slope = sum(float(links.slope("thumb")) for links in self.links) / len(self.links)
-        self.offset = sum(float(links.offset) for links in self.links) / len(self.links)
+        slope_K = torch.stack([member.links.slope("thumb") for member in members])
+        offset_K = torch.stack([member.links.offset for member in members])
+        self.slope, self.offset = float((slope_K * scale_K).mean()), float((offset_K + slope_K * shift_K).mean())
         self.shift, self.scale = 0.0, 1.0
-        score_B = self._combine((utility_KB - shift_K[:, None]) / scale_K[:, None])
+        utility_KB = (utility_KB - shift_K[:, None]) / scale_K[:, None]
+        score_B = self._combine(utility_KB)
         self.shift, self.scale = float(score_B.mean()), max(float(score_B.std()), 1e-6)
+        return utility_KB
 
     def _combine(self, utility_K: Tensor) -> Tensor:
         """Log of the chance of a thumb up, by the members' mean less κ standard deviations, on the score's scale.

@@ -32,8 +32,8 @@ from serving.model import load_model, twin
 
 RANK = 16
 SCALING = 2.0
-RESTART_ABOVE = 1.5
-"""Nats a reply: a parent farther than this from the reference is left, and the policy starts from the reference again."""
+RESTART_ABOVE = 0.75
+"""Of the KL limit: a parent farther than this from the reference is left, and the policy starts from the reference again."""
 ROLLOUT_CONTEXT = 1024
 """Positions of a rollout, prompt included, where `max_model_len` sets no limit."""
 ROWS = 128
@@ -56,18 +56,20 @@ class Trainer:
 
     def __init__(self, config: LearnerConfig) -> None:
         """Load the base. Raises ModelError."""
-        if config.learner_threads:
-            torch.set_num_threads(config.learner_threads)
         serving = config.serving
         model, self.chat = load_model(serving.model, serving.device, serving.dtype)
         self.config = config
         self.base: Base = describe_base(model, self.chat, serving.model)
         self.model = LearnerModel(twin(model), (POLICY, VALUE), rank=RANK, scaling=SCALING, seed=config.seed)
-        self.value_head = ValueHead(self.model.width).to(model.device)
+        self.value_head = ValueHead(self.model.width)
         self.reward = RewardModel(
-            model.get_input_embeddings().get_parameter("weight"), self.chat.eos_ids, RewardConfig(), self.states
+            model.get_input_embeddings().get_parameter("weight").float().cpu(),
+            self.chat.eos_ids,
+            RewardConfig(),
+            self.states,
         )
-        self.max_len = min(serving.max_model_len or ROLLOUT_CONTEXT, int(model.config.max_position_embeddings))
+        reach = getattr(model.config, "max_position_embeddings", None) or ROLLOUT_CONTEXT
+        self.max_len = min(serving.max_model_len or ROLLOUT_CONTEXT, int(reach))
         rows = min(ROWS, max(config.rollouts, config.gate_samples))
         engine = Engine(model, self.chat, rows=rows, max_len=self.max_len, slots=1, rank=RANK, seed=config.seed)
         self.sampler = Sampler(engine, config.rollout_tokens)
@@ -180,7 +182,7 @@ class Round:
         if self.parent is not None:
             prompts = [rollout.prompt_ids for rollout in self.of_base[: self.config.rollouts]]
             kl = trainer.mean_kl(trainer.sampler.sample(prompts, self.parent, self.seed + 1))
-            if kl > RESTART_ABOVE:
+            if kl > RESTART_ABOVE * self.config.kl_limit:
                 self.model.adapter(POLICY).reset(self.seed)
                 started_from = f"reference, because the parent is {kl:.2f} nats a reply away from it"
         self.model.adapter(VALUE).reset(self.seed + 1)
@@ -256,6 +258,6 @@ def ppo_config(config: LearnerConfig, parameters: int) -> PPOConfig:
         batches=config.update_batches,
         lr=lr,
         value_lr=lr,
-        kl_target=config.kl_target,
+        kl_target=min(config.kl_target, config.kl_limit),
         kl_limit=config.kl_limit,
     )

@@ -123,7 +123,8 @@ class _Server(uvicorn.Server):
         if not self._wiring.draining:
             delay = self._settings.drain_delay_s if self._wiring.ready else 0.0
             self._wiring.draining = True
-            self._on_leaving()
+            with contextlib.suppress(OSError):  # a full disk must not keep it from stopping
+                self._on_leaving()
             _log.info("%s: serving on for %g s, then finishing what is running.", signal.Signals(number).name, delay)
             asyncio.get_running_loop().call_later(delay, setattr, self, "should_exit", True)
         elif number == signal.SIGINT:

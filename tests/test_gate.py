@@ -60,7 +60,9 @@ def test_a_lucky_auroc_is_not_enough() -> None:
 def test_feedback_that_all_says_the_same_is_named() -> None:
     check = gate.knows(reward_report(None))
     assert check.verdict == "fail"
-    assert check.sentence == "There is nothing to learn from: 200 judgements, all saying the same."
+    assert (
+        check.sentence == "There is nothing to learn from: 200 judgements, all saying the same, or all of one prompt."
+    )
     assert gate.no_feedback().verdict == "fail"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from learner import checkpoint
 from learner.config import LearnerConfig
-from learner.improve import POLICY, VALUE, Improver, PPOConfig, ValueHead, best, blend
+from learner.improve import POLICY, VALUE, Improver, PPOConfig, ValueHead, best, blend, idle
 from learner.model import LearnerModel, Tokens
 from learner.rollouts import Rollout, Sampler, shuffled
 from learner.state import Judgement, Sample
@@ -197,10 +197,12 @@ def test_the_policy_taken_is_the_one_worth_its_kl() -> None:
 
 
 def test_an_update_ends_when_batches_bring_nothing_worth_their_kl() -> None:
-    found = improver(dataclasses.replace(SMALL, lr=0.0, value_lr=0.0, batches=16, patience=3))
-    report = found.run(PROMPTS, lambda *_: None)
-    assert len(report.batches) - 1 - report.kept == 3
-    assert "worth its KL" in report.stopped
+    def idle_after(*pairs: tuple[float, float]) -> int:
+        return idle([{"score": score, "kl": kl} for score, kl in pairs], 0.2)
+
+    assert idle_after((0.5, 0.0), (0.0, 0.01), (0.1, 0.02), (0.1, 0.05)) == 0  # a lucky first batch; nothing moved yet
+    assert idle_after((0.0, 0.0), (1.0, 0.8), (1.04, 1.8), (1.02, 1.7)) == 2
+    assert idle_after((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)) == 0
 
 
 def test_prompts_come_in_rounds() -> None:

@@ -43,7 +43,7 @@ def server(tmp_path: Path) -> Iterator[Served]:
 def learner_on(server: Served, **settings: Any) -> Iterator[Learner]:
     """A learner on the server's data folder, as `heed learn` makes it."""
     serving: ServingConfig = server.wiring.config
-    small = {"rollouts": 48, "minibatch": 24, "update_batches": 4, "gate_samples": 64, "rollout_tokens": 64}
+    small = {"rollouts": 48, "minibatch": 24, "update_batches": 8, "gate_samples": 64, "rollout_tokens": 64}
     config = LearnerConfig(serving=serving, **{**small, "update_min_feedback": 60, **settings})
     trainer = Trainer(config)
     with contextlib.ExitStack() as stack:
