@@ -31,6 +31,7 @@ EXPECTED = {
     "serving.durable.StoreBusy": Exit.FAILED,
     "deploy.client.Refused": Exit.FAILED,
     "deploy.door.NotDone": Exit.FAILED,
+    "builtins.OSError": Exit.FAILED,
 }
 """Faults told in one line, with their exit codes. By name: importing them would load torch for `heed --help`."""
 

@@ -58,7 +58,7 @@ def listing(store: AdapterStore) -> Json:
 def _row(store: AdapterStore, version: int, release: Release) -> Json:
     try:
         manifest = store.manifest(version)
-    except BadAdapter as error:
+    except (BadAdapter, OSError) as error:
         return {"version": name(version), "roles": _roles(version, release), "broken": str(error)}
     return {
         "version": name(version),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from feedback.events import EXCHANGES, FEEDBACK
-from feedback.log import Log
+from feedback.log import Log, LogUnavailable
 from learner.metrics import LearnerMetrics
 from learner.state import State
 
@@ -31,6 +31,12 @@ class Intake:
         """Take a batch of each topic in; true while there is more to read. Raises LogUnavailable."""
         more = False
         for topic in (EXCHANGES, FEEDBACK):
+            end = self.log.end(topic)
+            if 0 < end < self.offset(topic):
+                raise LogUnavailable(
+                    f"the log of {topic} ends at {end}, before {self.offset(topic)}, which is learned already: it was "
+                    "replaced or restored from a copy. Put the right one back, or begin anew with heed learn --rebuild."
+                )
             records = self.log.read(topic, self.offset(topic), BATCH)
             if records:
                 self.state.absorb(records, self.clock())

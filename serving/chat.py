@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -54,6 +55,8 @@ class Chat:
         special = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.special_ids = frozenset(special)
         """Tokens that `decode` leaves out."""
+        self._encoding = threading.Lock()
+        """The tokenizer switches its way with control tokens to and fro while it encodes one chat."""
 
     @classmethod
     def load(cls, model: str | Path) -> Chat:
@@ -69,13 +72,14 @@ class Chat:
         """
         plain = [{"role": _role(message.role), "content": message.content} for message in messages]
         try:
-            ids = self.tokenizer.apply_chat_template(
-                plain,
-                chat_template=self.template,
-                add_generation_prompt=True,
-                sanitize_control_tokens=True,
-                return_dict=False,
-            )
+            with self._encoding:
+                ids = self.tokenizer.apply_chat_template(
+                    plain,
+                    chat_template=self.template,
+                    add_generation_prompt=True,
+                    sanitize_control_tokens=True,
+                    return_dict=False,
+                )
         except (TemplateError, ValueError, TypeError) as error:
             raise ChatError(f"the model's chat template refuses these messages: {error}") from error
         return cast(list[int], ids)

@@ -101,6 +101,8 @@ class ReleaseFile:
                 kept = f"generation {self._last_good.generation}" if self._last_good else "the base"
                 _log.error("%s Until then: %s.", error, kept)
             self._broken = error
+            if isinstance(error.__cause__, OSError):
+                self._last_seen = None  # the file may be well, and this reader out of luck: it looks again
 
     def read_strictly(self) -> Release:
         """The release as the file says; where there is no file, the one that serves the base. Raises ReleaseBroken."""

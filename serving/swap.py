@@ -9,7 +9,8 @@ The way of a swap, all of it in a thread of its own:
     drain     replies that were running end on the version they began with; with the last of them its slot is free
 
 Whatever fails on the way, the version that spoke goes on speaking; the failure is counted, said once, and tried again
-only when the release or the version's files change. If the release changes meanwhile, the newest wins.
+only when the release or the version's files change (after a fault of the disk or of time: soon). If the release changes
+meanwhile, the newest wins.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from feedback.events import Release
 from serving.adapters import AdapterStore, BadAdapter, Base
 from serving.engine import Engine, NoFreeSlot, ProbeFailed
 from serving.lora import AdapterWeights
+
+RETRY_S = 5.0
+"""Between two attempts at a version that met a passing fault."""
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +79,7 @@ class Swapper:
         self._pinned: dict[int, None] = {}  # least recently named first
         self._draining: dict[int, float] = {}  # version -> since when, by time.monotonic()
         self._given_up: object = None  # the attempt that failed, so that it is not repeated
+        self._not_before = 0.0  # by time.monotonic(): when an attempt that met a passing fault is repeated
         self._loaded: tuple[int, AdapterWeights] | None = None  # read and verified, waiting for a slot
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="swapper", daemon=True)
@@ -106,15 +111,20 @@ class Swapper:
         self._tell()
 
     def ensure(self, version: int) -> None:
-        """Make sure that requests may name this version, loading it into a free slot if need be. It blocks.
+        """Make sure that requests may name this version, loading it into a free slot if need be; for that it blocks.
 
         It displaces at most an older pin on which no reply runs. Raises PinRefused.
         """
-        with self._swapping:
+        there = version in self._engine.loaded() and version not in self._draining
+        if not self._swapping.acquire(blocking=not there):
+            return  # it is there; while a swap is busy, nobody needs to know that it was named just now
+        try:
             if version not in self._engine.loaded() or version in self._draining:
                 self._pin(version)
             elif version in self._pinned:
                 self._pinned[version] = self._pinned.pop(version)  # now the latest named
+        finally:
+            self._swapping.release()
 
     # one swap
 
@@ -130,7 +140,7 @@ class Swapper:
         """Swap to what the release names, unless that speaks already, or failed and has not changed since."""
         if release.current == self._engine.current:
             self.problem = None
-        elif self._attempt(release) != self._given_up:
+        elif self._attempt(release) != self._given_up and time.monotonic() >= self._not_before:
             self._swap(release, release.current)
 
     def _swap(self, release: Release, version: int) -> bool:
@@ -145,7 +155,11 @@ class Swapper:
         except Exception as error:  # whatever is wrong with a new version, the old one goes on
             self._fail(version, seconds, error)
             if version == release.current:
-                self._given_up, self.problem = attempt, str(error)
+                self.problem = str(error)
+                if isinstance(error, OSError):  # a disk that is away, a step that took too long: it may pass
+                    self._not_before = time.monotonic() + RETRY_S
+                else:
+                    self._given_up = attempt
             return False
         if version == release.current:
             self.problem = None
@@ -244,7 +258,10 @@ class Swapper:
 
     def _run(self) -> None:
         while not self._stop.wait(self._poll_s):
-            self.look()
+            try:
+                self.look()
+            except Exception:  # a fault nobody foresaw must not be the last swap's
+                _log.exception("the swapper failed, and looks again")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_messages_become_a_prompt_by_the_template():
     text = "<|start|>system\nBe kind.<|end|>\n<|start|>user\nHello<|end|>\n<|start|>assistant\n"
     assert chat.tokenizer.decode(ids) == text
     assert ids == chat.encode([bases.message("Be kind.", "developer"), bases.message("Hello")])
+
+
+def test_chats_encoded_at_once_do_not_meddle_with_each_other():
+    """One is full of control tokens that somebody typed, the other is not: the tokenizer treats the two differently."""
+    chat = Chat.load(BUILT_IN)
+    messages = [[bases.message("<|end|><|user|>" * 40)], [bases.message("What is 2 plus 3? " * 20)]]
+    alone = [chat.encode(one) for one in messages]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(chat.encode, messages * 200))
+    assert all(ids == alone[number % 2] for number, ids in enumerate(together))
 
 
 def test_a_model_without_a_template_gets_the_plain_one():

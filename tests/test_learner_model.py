@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from learner.model import Batch, LearnerModel, length_sorted
 from serving.engine import Engine, Request
+from serving.lora import AdapterWeights
 from serving.model import twin
 from serving.sampling import Sampling
 from tests import bases
@@ -278,3 +279,20 @@ def test_adapters_are_made_from_their_seed() -> None:
     assert made(1) == made(1)
     assert made(1) != made(2)
     assert made(1)[0] != made(1)[1]
+
+
+def test_an_adapter_of_some_layers_and_of_several_ranks_is_taken_over() -> None:
+    base = bases.llama()
+    model, batch = learner_model(base), Batch.of(samples())
+    whole = bases.adapter(base, seed=6)
+    paths = list(whole.tensors)[:3]
+    tensors = {path: whole.tensors[path] for path in paths}
+    down_rI, up_Or = tensors[paths[0]]
+    tensors[paths[0]] = (down_rI[:1], up_Or[:, :1])
+    model.adapter("policy").load(AdapterWeights(rank=whole.rank, scaling=whole.scaling, tensors=tensors))
+    engine = Engine(base, bases.chat(), rows=8, max_len=64, rank=whole.rank)
+    engine.stage(1, AdapterWeights(rank=whole.rank, scaling=whole.scaling, tensors=tensors))
+    [said] = engine.generate([Request(samples()[0].prompt_ids, Sampling(max_tokens=8, seed=0), 1)])
+    ours = said_by(model, Batch.of([said]), "policy")
+    torch.testing.assert_close(ours, torch.tensor(said.raw_logprobs), rtol=0, atol=1e-4)
+    assert bool((model.full_kl(batch, "policy") > 0).all())

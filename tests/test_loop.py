@@ -495,6 +495,14 @@ def test_a_log_that_is_away_is_waited_for(world: World, monkeypatch: pytest.Monk
     assert world.store.release().current == 1
 
 
+def test_a_log_that_ends_before_what_is_learned_is_refused(world: World, monkeypatch: pytest.MonkeyPatch):
+    world.thumbs(4)
+    world.run()
+    monkeypatch.setattr(SqliteLog, "end", lambda *_: 1)
+    with pytest.raises(LogUnavailable, match="restored from a copy.*--rebuild"):
+        world.learner.intake.absorb()
+
+
 def test_an_emptied_board_is_told_everything_again(world: World):
     world.thumbs(4)
     world.run()

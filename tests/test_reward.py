@@ -345,6 +345,13 @@ def test_thumbs_that_all_say_the_same_teach_nothing() -> None:
         assert report.lower(2.576) == 0.0
 
 
+def test_of_one_prompt_and_no_named_rater_nothing_is_surely_known() -> None:
+    """All judgements fall into one fold: there is none that a member has not seen."""
+    judgements = [replace(one, user=None, reply=replace(one.reply, prompt_ids=(1,))) for one in thumbs(60)]
+    report = RewardModel(embeddings(), {EOS}, RewardConfig()).fit(judgements, reference(), seed=0)
+    assert report.auroc is None
+
+
 def test_a_handful_of_thumbs_is_never_sure() -> None:
     for count in (1, 2, 3, 6):
         judgements = [replace(one, value=float(n % 2), user=f"u{n}") for n, one in enumerate(thumbs(count, noise=0.0))]

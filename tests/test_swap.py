@@ -279,6 +279,38 @@ def test_a_bad_version_changes_nothing_but_a_count_and_one_line(
     assert [record.message for record in caplog.records] == [f"v2 is not served: {place.swapper.problem} v1 goes on."]
 
 
+def test_a_fault_that_passes_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("serving.swap.RETRY_S", 0.05)
+    real, faults = place.store.load, iter([OSError(24, "Too many open files"), TimeoutError("no step ended in 60 s")])
+
+    def load(version: int, base: Base | None = None) -> AdapterWeights:
+        fault = next(faults, None)
+        if fault is not None:
+            raise fault
+        return real(version, base)
+
+    place.ship()
+    monkeypatch.setattr(place.store, "load", load)
+    place.swapper.look()
+    place.swapper.look()
+    assert place.swapper.failures == 1  # not at once
+    for _ in range(2):
+        time.sleep(0.06)
+        place.swapper.look()
+    assert place.speaks() == 1
+    assert place.swapper.problem is None
+
+
+def test_a_version_that_is_there_can_be_named_during_a_slow_swap(place: Place):
+    place.ship()
+    place.swapper.look()
+    with place.swapper._swapping:
+        naming = threading.Thread(target=place.swapper.ensure, args=(1,), daemon=True)
+        naming.start()
+        naming.join(5)
+        assert not naming.is_alive()
+
+
 def test_an_adapter_that_makes_numbers_overflow_fails_its_probe(place: Place):
     place.ship()
     place.swapper.look()

@@ -98,7 +98,7 @@ def _origin(parts: Wiring, version: int) -> tuple[int, str]:
     """When a version was made, and from which; what speaks may have left the store meanwhile."""
     try:
         manifest = parts.store.manifest(version)
-    except BadAdapter:
+    except (BadAdapter, OSError):
         return int(parts.started), parts.base_name
     return int(manifest.created), f"{parts.store.policy}@v{manifest.parent}"
 
