@@ -2,6 +2,8 @@
 
     absorb ──▶ enough new judgements? ──▶ reward model, rollouts, PPO, gate ──▶ publish ──▶ release
        the log, in batches                   the trainer: all tensors          the adapter store
+       intake.py, joining.py                 update.py: reward.py,             ../serving/adapters.py,
+                                             improve.py, gate.py               release.py
 
 A kill may come between any two lines. Each step looks at what is already so, in the state file, the store and the
 release, and goes on from there; learner/ledger.py draws an update's life.

@@ -3,7 +3,7 @@
 `submit` puts a request into the line. Each step admits those for whom there is a row, and binds their version; reads a
 piece of the prompts that are new; samples one more token for every other running reply; and hands the tokens to their
 streams. Requests join and leave between any two steps, whatever version they speak. Versions are probed and activated
-between two steps as well, so that no reply ever mixes two.
+between two steps as well (serving/swap.py asks for it), so that no reply ever mixes two.
 
 With `start()` the steps run in a thread of the engine's own; without it, `generate()` and `result()` make them where
 they are called.

@@ -10,7 +10,7 @@ The way of a swap, all of it in a thread of its own:
 
 Whatever fails on the way, the version that spoke goes on speaking; the failure is counted, said once, and tried again
 only when the release or the version's files change (after a fault of the disk or of time: soon). If the release changes
-meanwhile, the newest wins.
+meanwhile, the newest wins. Who makes a candidate the released version: learner/release.py, or a person (heed adapters promote).
 """
 
 from __future__ import annotations

@@ -499,7 +499,7 @@ def test_a_log_that_ends_before_what_is_learned_is_refused(world: World, monkeyp
     world.thumbs(4)
     world.run()
     monkeypatch.setattr(SqliteLog, "end", lambda *_: 1)
-    with pytest.raises(LogUnavailable, match="restored from a copy.*--rebuild"):
+    with pytest.raises(LogUnavailable, match=r"restored from a copy.*--rebuild"):
         world.learner.intake.absorb()
 
 
