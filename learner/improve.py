@@ -26,6 +26,8 @@ from serving.lora import AdapterWeights
 T = TypeVar("T")
 
 POLICY, VALUE = "policy", "value"
+MIN_GAIN = 0.05
+"""Of a batch's worth, in standard deviations of the reference's score: less is chance."""
 MOVED_KL = 0.1
 """Nats a reply from which on a policy counts as moved."""
 KL_AIM = 0.95
@@ -57,8 +59,9 @@ class PPOConfig:
     missing_eos_penalty: float = 1.0
     repetition_penalty: float = 5.0
     """Times the share of four-token phrases that were said before in the reply: nothing is to be gained by saying it twice."""
-    beta: float = 0.05
-    """Price of a nat at the start."""
+    beta: float = 0.2
+    """Price of a nat at the start. At 0.05 what the base hardly ever says was still worth its price to a score that is mistaken
+    about it: see benchmarks/LOG.md."""
     kl_target: float = 1.5
     """Nats a reply that the price steers to."""
     kl_limit: float = 2.0
@@ -66,10 +69,10 @@ class PPOConfig:
     kl_horizon: float = 20.0
     step_limit: float = 0.02
     """Nats a token (k3) between the rollouts' policy and the new one, at which a batch's epochs end."""
-    kl_price: float = 0.15
+    kl_price: float = 0.05
     """Of the mean score, in standard deviations of the reference's, that a nat a reply must bring to be worth it."""
-    patience: int = 3
-    """Batches that are not worth more than the best before them, after which the update ends."""
+    patience: int = 2
+    """Batches that are not clearly worth more than the best before them, after which the update ends."""
     max_mean_ratio: float = 10.0
     """A minibatch whose mean ratio is above this is skipped."""
     grad_clip: float = 1.0
@@ -386,9 +389,17 @@ def best(batches: Sequence[dict[str, float]], kl_price: float) -> int:
 
 
 def idle(batches: Sequence[dict[str, float]], kl_price: float) -> int:
-    """Batches since the best one, or since the policy began to move: a lucky first batch is no reason to stop."""
+    """Batches since one was worth clearly more than all before it, or since the policy began to move.
+
+    So a lucky first batch is no reason to stop, and a little luck later none to go on.
+    """
+    peak, since = -math.inf, 0
+    for number, batch in enumerate(batches):
+        worth = batch["score"] - kl_price * batch["kl"]
+        if worth > peak + MIN_GAIN:
+            peak, since = worth, number
     moved = (n for n, batch in enumerate(batches) if abs(batch["kl"] - batches[0]["kl"]) > MOVED_KL)
-    return len(batches) - 1 - max(best(batches, kl_price), next(moved, len(batches) - 1))
+    return len(batches) - 1 - max(since, next(moved, len(batches) - 1))
 
 
 def blend(start: AdapterWeights, end: AdapterWeights, share: float) -> AdapterWeights:

@@ -202,6 +202,7 @@ def test_an_update_ends_when_batches_bring_nothing_worth_their_kl() -> None:
 
     assert idle_after((0.5, 0.0), (0.0, 0.01), (0.1, 0.02), (0.1, 0.05)) == 0  # a lucky first batch; nothing moved yet
     assert idle_after((0.0, 0.0), (1.0, 0.8), (1.04, 1.8), (1.02, 1.7)) == 2
+    assert idle_after((0.0, 0.0), (0.5, 0.2), (0.53, 0.2), (0.54, 0.2)) == 2  # a little more is chance
     assert idle_after((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)) == 0
 
 
