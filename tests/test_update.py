@@ -27,7 +27,16 @@ from tests import bases
 PROMPTS = [(number, number + 1, number + 2) for number in range(10, 60, 4)]
 NICE = 84
 SMALL = PPOConfig(
-    rollouts=32, minibatch=16, batches=4, lr=1e-2, value_lr=1e-2, warmup_steps=1, step_limit=0.2, kl_price=0.0
+    rollouts=32,
+    minibatch=16,
+    batches=4,
+    lr=1e-2,
+    value_lr=1e-2,
+    warmup_steps=1,
+    step_limit=0.2,
+    beta=0.05,
+    kl_price=0.0,
+    patience=4,
 )
 
 
