@@ -59,7 +59,7 @@ class PPOConfig:
     missing_eos_penalty: float = 1.0
     repetition_penalty: float = 5.0
     """Times the share of four-token phrases that were said before in the reply: nothing is to be gained by saying it twice."""
-    beta: float = 0.2
+    beta: float = 0.15
     """Price of a nat at the start. At 0.05 what the base hardly ever says was still worth its price to a score that is mistaken
     about it: see benchmarks/LOG.md."""
     kl_target: float = 1.5
