@@ -258,6 +258,6 @@ def test_the_reference_lists_every_setting_with_default_and_bounds() -> None:
 
 def test_every_setting_of_ours_is_described_with_bounds_in_words() -> None:
     for doc in reference(FeedbackConfig):
-        assert doc.description.endswith(".")
-        assert doc.description[0].isupper()
+        assert not doc.description.endswith(".")
+        assert doc.description[0].islower()
     assert allowed(FeedbackConfig.model_fields["secret"]) == "text of at least 16 characters (or not set)"
