@@ -37,10 +37,6 @@ class Concordance:
     error: float
     comparisons: int
 
-    def lower(self, z: float) -> float:
-        """A bound below the true share; z = 1.645 is one-sided 95%."""
-        return self.share - z * self.error
-
 
 @dataclass(frozen=True, slots=True)
 class _Part:

@@ -47,7 +47,7 @@ class LearnerConfig(Settings):
         2.0,
         gt=0,
         le=100,
-        description="KL to the reference at which an update ends and above which the gate says no, nats a reply",
+        description="KL to the reference at which an update ends, nats a reply; the gate says no from a quarter above it",
     )
     rollouts: int = Field(128, ge=2, le=65_536, description="fresh replies of one PPO batch")
     minibatch: int = Field(32, ge=1, le=65_536, description="replies of one optimiser step")

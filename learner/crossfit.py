@@ -166,9 +166,8 @@ def _minimise(
     config: RewardConfig,
 ) -> None:
     """Find the utilities (root·point) and the links that make the judgements likeliest; both change in place."""
-    slopes = [
-        raw for kind, raw in links.raw_slopes.items() if kind != "thumb"
-    ]  # the weights' own scale does for thumbs
+    # the thumbs' slope stays: the scale of the weights does for it
+    slopes = [raw for kind, raw in links.raw_slopes.items() if kind != "thumb"]
     start = [raw.detach().clone() for raw in slopes]
     free = [point_N, links.offset, links.first_threshold, links.raw_gaps, links.bias, *slopes]
     search = torch.optim.LBFGS(

@@ -171,6 +171,10 @@ class Improver:
         self.beat: Callable[[], None] = lambda: None
         """Called before each step of an optimiser, so that a learner goes on listening."""
 
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown()
+
     def run(self, prompts: Sequence[Prompt], progress: Callable[[str, float], None]) -> PolicyReport:
         """Improve the policy's adapter until a stop fires, and leave the best weights within the budget in it."""
         config, report = self.config, PolicyReport()

@@ -78,10 +78,11 @@ class State:
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield self.db
+            self.db.execute("COMMIT")
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # some failures roll back by themselves
+                self.db.execute("ROLLBACK")
             raise
-        self.db.execute("COMMIT")
 
     def absorb(self, records: Sequence[Record], now: float) -> int:
         """Take records in, with the offsets behind them; returns how many were new. Known ones are passed over."""

@@ -6,6 +6,7 @@ candidate, byte for byte, so that a round cut short by a kill can simply be run 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -187,8 +188,9 @@ class Round:
                 started_from = f"reference, because the parent is {kl:.2f} nats a reply away from it"
         self.model.adapter(VALUE).reset(self.seed + 1)
         trainer.value_head.reset()
-        improver = Improver(self.model, trainer.value_head, trainer.reward, trainer.sampler, trainer.ppo, self.seed)
-        report = improver.run(self.prompts, self.progress)
+        parts = (self.model, trainer.value_head, trainer.reward, trainer.sampler, trainer.ppo)
+        with contextlib.closing(Improver(*parts, self.seed)) as improver:
+            report = improver.run(self.prompts, self.progress)
         rollouts_s = sum(batch["rollouts_s"] for batch in report.batches)
         self.report["policy"] = {
             "started_from": started_from,

@@ -261,7 +261,8 @@ class Swapper:
             try:
                 self.look()
             except Exception:  # a fault nobody foresaw must not be the last swap's
-                _log.exception("the swapper failed, and looks again")
+                _log.exception("the swapper failed, and looks again in %g s", RETRY_S)
+                self._stop.wait(RETRY_S)
 
 
 @contextmanager

@@ -215,6 +215,14 @@ def test_an_update_ends_when_batches_bring_nothing_worth_their_kl() -> None:
     assert idle_after((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)) == 0
 
 
+def test_a_policy_that_is_not_worth_its_kl_is_given_up() -> None:
+    found = improver(dataclasses.replace(SMALL, batches=16, kl_price=100.0, patience=2))
+    report = found.run(PROMPTS, lambda *_: None)
+    assert report.stopped == "2 batches brought no reward worth its KL"
+    assert len(report.batches) < 10
+    assert report.batches[-1]["kl"] > report.batches[report.kept]["kl"]
+
+
 def test_prompts_come_in_rounds() -> None:
     found = shuffled(PROMPTS, 0)
     rounds = [[next(found) for _ in PROMPTS] for _ in range(2)]
