@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from learner import ppo
+from learner.critic import crossfit_values
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
 from learner.rollouts import Prompt, Rollout, Sampler, repetition, shuffled
 from serving.lora import AdapterWeights
 
 T = TypeVar("T")
 
-POLICY, VALUE = "policy", "value"
+POLICY = "policy"
 MIN_GAIN = 0.05
 """Of a batch's worth, in standard deviations of the reference's score: less is chance."""
 MOVED_KL = 0.1
@@ -47,21 +48,23 @@ class PPOConfig:
     batches: int = 16
     """At most so many in an update; one more is sampled to see what the last of them brought."""
     lr: float = 1e-3
-    value_lr: float = 1e-3
     warmup_steps: int = 4
     """Optimiser steps over which the learning rate rises."""
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
     dual_clip: float = 3.0
-    value_clip: float = 0.2
     score_clip: float = 5.0
     missing_eos_penalty: float = 1.0
     repetition_penalty: float = 5.0
     """Times the share of four-token phrases that were said before in the reply: nothing is to be gained by saying it twice."""
-    beta: float = 0.15
-    """Price of a nat at the start. At 0.05 what the base hardly ever says was still worth its price to a score that is mistaken
-    about it: see benchmarks/LOG.md."""
+    beta: float = 0.1
+    """Price of a nat at the start."""
+    chi_share: float = 0.5
+    """Weight of the χ² beside the KL in that price: it costs little to say more often what the base says anyway, and much to say
+    what it hardly ever says, of which the reward model has seen nothing."""
+    chi_bound: float = 20.0
+    """A token so many times as likely as under the reference costs no less than one still more likely."""
     kl_target: float = 1.5
     """Nats a reply that the price steers to."""
     kl_limit: float = 2.0
@@ -71,17 +74,11 @@ class PPOConfig:
     """Nats a token (k3) between the rollouts' policy and the new one, at which a batch's epochs end."""
     kl_price: float = 0.05
     """Of the mean score, in standard deviations of the reference's, that a nat a reply must bring to be worth it."""
-    patience: int = 2
+    patience: int = 3
     """Batches that are not clearly worth more than the best before them, after which the update ends."""
     max_mean_ratio: float = 10.0
     """A minibatch whose mean ratio is above this is skipped."""
     grad_clip: float = 1.0
-    value_epochs: int = 1
-    """Passes of the value over a batch."""
-    value_ready: float = 0.2
-    """Explained variance from which on the policy may move."""
-    value_warmup: int = 4
-    """At most so many passes of the value over the first batch."""
     micro_tokens: int = 1024
     """Padded tokens of one forward pass."""
 
@@ -89,30 +86,12 @@ class PPOConfig:
 class Scorer(Protocol):
     """What PPO asks of a reward model."""
 
-    def running(self, samples: Sequence[Tokens]) -> list[Tensor]:
-        """For each reply the score of what was said so far, before its first token and after each, [T+1]."""
+    def running(self, samples: Sequence[Tokens], states_BS: Tensor) -> list[Tensor]:
+        """For each reply the score of what was said so far, before its first token and after each, [T+1].
+
+        `states_BS`: what the base makes of the replies, see LearnerModel.states.
+        """
         ...
-
-
-class ValueHead(nn.Module):
-    """Value of a state, from its hidden state and the score of what was said so far. Fresh, it is that score."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, 1)
-        self.trust = nn.Parameter(torch.ones(()))
-        self.reset()
-
-    def reset(self) -> None:
-        """Make it fresh."""
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        nn.init.ones_(self.trust)
-
-    def forward(self, hidden_NH: Tensor, running_N: Tensor) -> Tensor:
-        """[N]"""
-        value_N: Tensor = self.linear(hidden_NH).squeeze(1) + self.trust * running_N
-        return value_N
 
 
 @dataclass(slots=True)
@@ -124,9 +103,6 @@ class Experience:
     rewards_BT: Tensor
     values_BT: Tensor
     advantages_BT: Tensor
-    returns_BT: Tensor
-    running_BT: Tensor
-    """The reward model's score of what was said before each token."""
     figures: dict[str, float]
 
 
@@ -146,24 +122,16 @@ class Improver:
     def __init__(
         self,
         model: LearnerModel,
-        value_head: ValueHead,
         reward: Scorer,
         sampler: Sampler,
         config: PPOConfig,
         seed: int,
     ) -> None:
-        self.model, self.value_head, self.reward, self.sampler, self.config = model, value_head, reward, sampler, config
+        self.model, self.reward, self.sampler, self.config = model, reward, sampler, config
         self.policy = model.adapter(POLICY)
-        self.policy_parameters = list(self.policy.parameters())
-        self.value_parameters = [*model.adapter(VALUE).parameters(), *value_head.parameters()]
-        self.optimisers = {
-            POLICY: _adamw(self.policy_parameters, config.lr),
-            VALUE: _adamw(self.value_parameters, config.value_lr),
-        }
-        self.schedules = {
-            name: LambdaLR(optimiser, lambda done: min(1.0, (done + 1) / config.warmup_steps))
-            for name, optimiser in self.optimisers.items()
-        }
+        self.parameters = list(self.policy.parameters())
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+        self.schedule = LambdaLR(self.optimiser, lambda done: min(1.0, (done + 1) / config.warmup_steps))
         self.control = ppo.KLController(config.beta, config.kl_target, config.kl_horizon)
         self.random = random.Random(seed)
         self.threads = torch.get_num_threads() if model.base.device.type == "cpu" else 1
@@ -203,8 +171,6 @@ class Improver:
             if number == config.batches:
                 report.stopped = f"all {config.batches} batches were used"
                 break
-            if number == 0:
-                figures["explained_variance"] = self.warm_up(experience)
             figures |= self.learn_from(experience)
             self.control.update(figures["kl"])
             figures["steps_s"] = time.perf_counter() - sampled
@@ -230,20 +196,28 @@ class Improver:
         config = self.config
         batch = Batch.of(rollouts)
         mask_BT = batch.mask_BT
-        running = [one_T.clamp(-config.score_clip, config.score_clip) for one_T in self.reward.running(rollouts)]
+        number_BT = batch.spread(torch.arange(int(mask_BT.sum())))
+        old_BT, base_BT, kl_BT = (torch.zeros(mask_BT.shape) for _ in range(3))
+        hidden_NH = torch.zeros(int(mask_BT.sum()), self.model.width)
+        states_BS = torch.zeros(len(rollouts), 2 * self.model.width)
+        for rows, found in self.each(lambda _, part: self.model.compare(part, POLICY), batch):
+            width = found.new_BT.shape[1]
+            old_BT[rows, :width], base_BT[rows, :width], kl_BT[rows, :width] = found.new_BT, found.base_BT, found.kl_BT
+            hidden_NH[number_BT[rows][mask_BT[rows]]] = found.hidden_NH
+            states_BS[rows] = found.states_BS
+        running = [one.clamp(-config.score_clip, config.score_clip) for one in self.reward.running(rollouts, states_BS)]
         scores_B = torch.stack([running_T[-1] for running_T in running])
-        running_BT = batch.spread(torch.cat([running_T[:-1] for running_T in running]))
-        old_BT, reference_BT, kl_BT = (torch.zeros(batch.ids_BT.shape) for _ in range(3))
-        for rows, found in self.each(lambda _, part: self.model.compare(part, POLICY, None), batch):
-            width = found[0].shape[1]
-            old_BT[rows, :width], reference_BT[rows, :width], kl_BT[rows, :width] = found
-        values_BT = self.all_values(batch, running_BT)
         cut_B = torch.tensor([not rollout.ended for rollout in rollouts])
         repeated_B = torch.tensor([repetition(rollout.reply_ids) for rollout in rollouts])
         penalised_B = scores_B - config.missing_eos_penalty * cut_B - config.repetition_penalty * repeated_B
-        k1_BT = ppo.k1(old_BT, reference_BT, mask_BT)
-        rewards_BT = ppo.token_rewards(penalised_B, k1_BT, mask_BT, self.control.beta)
-        advantages_BT, returns_BT = self.estimate(rewards_BT, values_BT, mask_BT)
+        k1_BT = ppo.k1(old_BT, base_BT, mask_BT)
+        divergence_BT = k1_BT + config.chi_share * ppo.chi2(k1_BT, config.chi_bound)
+        rewards_BT = ppo.token_rewards(penalised_B, divergence_BT, mask_BT, self.control.beta)
+        returns_BT = ppo.returns(rewards_BT, mask_BT, config.gamma)
+        running_N1 = torch.cat([running_T[:-1] for running_T in running])[:, None]
+        features_NF = torch.cat([hidden_NH, running_N1], 1)
+        values_BT = batch.spread(crossfit_values(features_NF, returns_BT[mask_BT], mask_BT.nonzero()[:, 0]))
+        advantages_BT = ppo.gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
         figures = {
             "score": float(penalised_B.mean()),
             "kl": float(kl_BT.sum(1).mean()),
@@ -253,48 +227,9 @@ class Improver:
             "repetition": float(repeated_B.mean()),
             "explained_variance": ppo.explained_variance(values_BT, returns_BT, mask_BT),
         }
-        return Experience(batch, old_BT, rewards_BT, values_BT, advantages_BT, returns_BT, running_BT, figures)
-
-    def estimate(self, rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Whitened advantages, and returns."""
-        config = self.config
-        advantages_BT, returns_BT = ppo.gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
-        return ppo.whiten(advantages_BT, mask_BT), returns_BT
-
-    def values(self, batch: Batch, running_BT: Tensor) -> Tensor:
-        """The value of the state before each reply token, [B, T]; 0 elsewhere."""
-        hidden_BTH = self.model.hidden(batch, VALUE)
-        hidden_NH = hidden_BTH[batch.before_BT].float().cpu()
-        return batch.spread(self.value_head(hidden_NH, running_BT[batch.mask_BT]))
-
-    @torch.no_grad()
-    def all_values(self, batch: Batch, running_BT: Tensor) -> Tensor:
-        """The values of a whole batch, a part at a time."""
-        values_BT = torch.zeros(batch.ids_BT.shape)
-
-        @torch.no_grad()
-        def work(rows: list[int], part: Batch) -> Tensor:
-            return self.values(part, running_BT[rows, : part.ids_BT.shape[1]])
-
-        for rows, found_BT in self.each(work, batch):
-            values_BT[rows, : found_BT.shape[1]] = found_BT
-        return values_BT
+        return Experience(batch, old_BT, rewards_BT, values_BT, ppo.whiten(advantages_BT, mask_BT), figures)
 
     # steps
-
-    def warm_up(self, experience: Experience) -> float:
-        """Train the value alone until it explains something; returns its explained variance."""
-        explained = experience.figures["explained_variance"]
-        for _ in range(self.config.value_warmup):
-            if explained > self.config.value_ready:
-                break
-            for rows in self.minibatches(experience):
-                self.value_step(experience, rows)
-            mask_BT = experience.batch.mask_BT
-            values_BT = experience.values_BT = self.all_values(experience.batch, experience.running_BT)
-            experience.advantages_BT, experience.returns_BT = self.estimate(experience.rewards_BT, values_BT, mask_BT)
-            explained = ppo.explained_variance(values_BT, experience.returns_BT, mask_BT)
-        return explained
 
     def minibatches(self, experience: Experience) -> Iterator[list[int]]:
         order = list(range(len(experience.old_BT)))
@@ -305,12 +240,10 @@ class Improver:
 
     def learn_from(self, experience: Experience) -> dict[str, float]:
         moved, epochs = 0.0, 0
-        for epoch in range(self.config.epochs):
+        for _ in range(self.config.epochs):
             for rows in self.minibatches(experience):
                 if moved <= self.config.step_limit:
                     moved = self.policy_step(experience, rows)
-                if epoch < self.config.value_epochs:
-                    self.value_step(experience, rows)
             epochs += 1
             if moved > self.config.step_limit:
                 break
@@ -328,34 +261,15 @@ class Improver:
             loss = ppo.policy_loss(
                 new_BT, old_BT, advantages_BT, part.mask_BT, clip=config.clip, dual_clip=config.dual_clip, tokens=tokens
             )
-            gradients = torch.autograd.grad(loss, self.policy_parameters)
+            gradients = torch.autograd.grad(loss, self.parameters)
             with torch.no_grad():
                 moved = float(ppo.k3(old_BT, new_BT, part.mask_BT).sum()) / tokens
                 ratio = float(ppo.masked_sum(ppo.ratio(new_BT, old_BT, part.mask_BT), part.mask_BT)) / tokens
             return gradients, moved, ratio
 
         gradients, moved, ratio = zip(*(found for _, found in self.each(work, batch, rows)), strict=True)
-        self.step(POLICY, self.policy_parameters, gradients, skip=sum(ratio) > config.max_mean_ratio)
+        self.step(gradients, skip=sum(ratio) > config.max_mean_ratio)
         return math.fsum(moved)
-
-    def value_step(self, experience: Experience, rows: list[int]) -> None:
-        """One step of the value."""
-        config, batch = self.config, experience.batch
-        tokens = int(batch.mask_BT[rows].sum())
-
-        def work(micro: list[int], part: Batch) -> Sequence[Tensor]:
-            width = part.ids_BT.shape[1]
-            loss = ppo.value_loss(
-                self.values(part, experience.running_BT[micro, :width]),
-                experience.values_BT[micro, :width],
-                experience.returns_BT[micro, :width],
-                part.mask_BT,
-                clip=config.value_clip,
-                tokens=tokens,
-            )
-            return torch.autograd.grad(loss, self.value_parameters)
-
-        self.step(VALUE, self.value_parameters, [found for _, found in self.each(work, batch, rows)])
 
     def each(
         self, work: Callable[[list[int], Batch], T], batch: Batch, rows: Sequence[int] | None = None
@@ -370,18 +284,15 @@ class Improver:
         groups = _groups(batch, rows, min(self.config.micro_tokens, share))
         return list(self.pool.map(lambda group: (group, work(group, batch.rows(group))), groups))
 
-    def step(
-        self, name: str, parameters: list[nn.Parameter], gradients: Sequence[Sequence[Tensor]], *, skip: bool = False
-    ) -> None:
+    def step(self, gradients: Sequence[Sequence[Tensor]], *, skip: bool) -> None:
         """Add up the groups' gradients and step, unless told to skip or they are not finite."""
-        optimiser = self.optimisers[name]
-        for parameter, parts in zip(parameters, zip(*gradients, strict=True), strict=True):
+        for parameter, parts in zip(self.parameters, zip(*gradients, strict=True), strict=True):
             parameter.grad = torch.stack(parts).sum(0)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         if not skip and bool(torch.isfinite(norm)):
-            optimiser.step()
-            self.schedules[name].step()
-        optimiser.zero_grad(set_to_none=True)
+            self.optimiser.step()
+            self.schedule.step()
+        self.optimiser.zero_grad(set_to_none=True)
 
 
 def best(batches: Sequence[dict[str, float]], kl_price: float) -> int:
@@ -419,7 +330,3 @@ def _groups(batch: Batch, rows: Sequence[int], max_tokens: int) -> Iterator[list
     """Rows in groups of like length, of at most `max_tokens` padded tokens each."""
     for group in length_sorted([batch.lengths[row] for row in rows], max_tokens):
         yield [rows[index] for index in group]
-
-
-def _adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)

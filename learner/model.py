@@ -1,4 +1,4 @@
-"""One frozen base model, and low-rank adapters of it that take turns, such as policy and value.
+"""One frozen base model, and low-rank adapters of it that take turns, such as the policy's.
 
 The base's weights exist once: the engine that makes the rollouts runs a twin of it, a second module over the same storage.
 
@@ -84,6 +84,21 @@ def length_sorted(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]
         group.append(index)
     if group:
         yield group
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What an adapter and the bare base make of the same replies."""
+
+    new_BT: Tensor
+    """log p of each reply token under the adapter; 0 elsewhere."""
+    base_BT: Tensor
+    kl_BT: Tensor
+    """KL(adapter ‖ base) over the full vocabulary, of each reply token."""
+    hidden_NH: Tensor
+    """The adapter's last hidden state before each reply token, fp32, on the CPU."""
+    states_BS: Tensor
+    """What `LearnerModel.states` says of the replies."""
 
 
 class Adapter(nn.Module):
@@ -220,11 +235,7 @@ class LearnerModel(nn.Module):
 
         [B, 2H], fp32, on the CPU.
         """
-        hidden_BTH = self.hidden(batch, None).float().cpu()
-        reply_BT1 = batch.mask_BT[..., None]
-        mean_BH = torch.where(reply_BT1, hidden_BTH, 0).sum(1) / reply_BT1.sum(1)
-        end_BH = hidden_BTH[torch.arange(len(batch.lengths)), torch.tensor(batch.lengths) - 1]
-        return torch.cat([mean_BH, end_BH], 1)
+        return _states(batch, self.hidden(batch, None))
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """fp32 logits over the vocabulary, [N, V]."""
@@ -246,17 +257,19 @@ class LearnerModel(nn.Module):
         return -functional.cross_entropy(self.logits(hidden_NH), ids_N, reduction="none")
 
     @torch.no_grad()
-    def compare(self, batch: Batch, adapter: str | None, reference: str | None) -> tuple[Tensor, Tensor, Tensor]:
-        """log-probs of the reply tokens under the adapter and the reference, and the full KL between them, each [B, T]."""
-        ids_N = batch.ids_BT[batch.mask_BT].to(self.base.device)
-        new_NH, reference_NH = (self.hidden(batch, name)[batch.before_BT] for name in (adapter, reference))
+    def compare(self, batch: Batch, adapter: str) -> Comparison:
+        """An adapter beside the bare base, from one forward pass of each."""
+        before_BT, ids_N = batch.before_BT, batch.ids_BT[batch.mask_BT].to(self.base.device)
+        base_BTH = self.hidden(batch, None)
+        new_NH, base_NH = self.hidden(batch, adapter)[before_BT], base_BTH[before_BT]
         parts = []
-        for ids, new, ref in zip(*(t.split(self.chunk_tokens) for t in (ids_N, new_NH, reference_NH)), strict=True):
-            new_NV, reference_NV = self.logits(new), self.logits(ref)
-            logprobs = (-functional.cross_entropy(logits, ids, reduction="none") for logits in (new_NV, reference_NV))
-            parts.append(torch.stack([*logprobs, ppo.full_kl(new_NV, reference_NV)]))
-        new_N, reference_N, kl_N = torch.cat(parts, 1).cpu()
-        return batch.spread(new_N), batch.spread(reference_N), batch.spread(kl_N)
+        for ids, new, base in zip(*(t.split(self.chunk_tokens) for t in (ids_N, new_NH, base_NH)), strict=True):
+            new_NV, base_NV = self.logits(new), self.logits(base)
+            logprobs = (-functional.cross_entropy(logits, ids, reduction="none") for logits in (new_NV, base_NV))
+            parts.append(torch.stack([*logprobs, ppo.full_kl(new_NV, base_NV)]))
+        new_N, base_N, kl_N = torch.cat(parts, 1).cpu()
+        new_BT, base_BT, kl_BT = map(batch.spread, (new_N, base_N, kl_N))
+        return Comparison(new_BT, base_BT, kl_BT, new_NH.float().cpu(), _states(batch, base_BTH))
 
     @torch.no_grad()
     def full_kl(self, batch: Batch, adapter: str | None, reference: str | None = None) -> Tensor:
@@ -265,6 +278,14 @@ class LearnerModel(nn.Module):
         chunks = zip(new_NH.split(self.chunk_tokens), reference_NH.split(self.chunk_tokens), strict=True)
         kl_N = torch.cat([ppo.full_kl(self.logits(new), self.logits(reference)) for new, reference in chunks])
         return batch.spread(kl_N.cpu()).sum(1)
+
+
+def _states(batch: Batch, hidden_BTH: Tensor) -> Tensor:
+    hidden_BTH = hidden_BTH.float().cpu()
+    reply_BT1 = batch.mask_BT[..., None]
+    mean_BH = torch.where(reply_BT1, hidden_BTH, 0).sum(1) / reply_BT1.sum(1)
+    end_BH = hidden_BTH[torch.arange(len(batch.lengths)), torch.tensor(batch.lengths) - 1]
+    return torch.cat([mean_BH, end_BH], 1)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -6,7 +6,8 @@ which token t is about to be said, and `mask_BT` is True where token t belongs t
 Whatever stands in a masked slot, NaN included, changes neither a value nor a gradient.
 
 References: PPO (1707.06347), GAE (1506.02438), dual clip (1912.09729), KL estimators k1 and k3 (joschu.net/blog/kl-approx),
-adaptive KL and the per-token KL reward (1909.08593), details of RLHF with PPO (Huang et al., "The N Implementation Details").
+adaptive KL and the per-token KL reward (1909.08593), χ² beside the KL (2407.13399), details of RLHF with PPO (Huang et al.,
+"The N Implementation Details").
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ def k3(new_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.expm1(-difference_BT) + difference_BT
 
 
+def chi2(k1_BT: Tensor, bound: float) -> Tensor:
+    """π_new ÷ π_reference − 1 of each token, at most `bound` − 1: without a bound, unbiased for χ²(new ‖ reference) on samples
+    of new. Beside the KL it makes the price of a token grow with the ratio, not its logarithm alone (2407.13399)."""
+    return k1_BT.exp().clamp(max=bound) - 1
+
+
 def full_kl(new_NV: Tensor, reference_NV: Tensor) -> Tensor:
     """KL(new ‖ reference) of each token over the whole vocabulary, [N], from two sets of logits; nats."""
     new_NV = new_NV.log_softmax(-1)
@@ -59,16 +66,16 @@ def last_token(mask_BT: Tensor) -> Tensor:
     return torch.where(mask_BT, positions_T, -1).amax(1)
 
 
-def token_rewards(scores_B: Tensor, k1_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
-    """−β·k1 on every token of the reply, and the reply's score on its last one (1909.08593)."""
-    rewards_BT = torch.where(mask_BT, -beta * k1_BT, 0.0)
+def token_rewards(scores_B: Tensor, divergence_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
+    """−β·divergence on every token of the reply, such as k1 (1909.08593), and the reply's score on its last one."""
+    rewards_BT = torch.where(mask_BT, -beta * divergence_BT, 0.0)
     return rewards_BT.index_put(
         (torch.arange(len(scores_B), device=scores_B.device), last_token(mask_BT)), scores_B, accumulate=True
     )
 
 
-def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and the returns that the value should have predicted, both [B, T].
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimates, [B, T].
 
     A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1} − V_t; after the last real token V = A = 0 (1506.02438, eq. 16).
     """
@@ -80,7 +87,12 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float,
         advantages_BT[:, t] = torch.where(mask_BT[:, t], advantage_B, 0.0)
         next_advantage_B = torch.where(mask_BT[:, t], advantage_B, next_advantage_B)
         next_value_B = torch.where(mask_BT[:, t], values_BT[:, t], next_value_B)
-    return advantages_BT, torch.where(mask_BT, advantages_BT + values_BT, 0.0)
+    return advantages_BT
+
+
+def returns(rewards_BT: Tensor, mask_BT: Tensor, gamma: float) -> Tensor:
+    """G_t = r_t + γ·G_{t+1}: what was still to come from each real token on, [B, T]; 0 in masked slots."""
+    return gae(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, gamma=gamma, lam=1.0)
 
 
 def ratio(new_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -109,22 +121,6 @@ def policy_loss(
     bounded_BT = torch.maximum(objective_BT, dual_clip * advantages_BT)
     objective_BT = torch.where(advantages_BT < 0, bounded_BT, objective_BT)
     return -masked_sum(objective_BT, mask_BT) / (int(mask_BT.sum()) if tokens is None else tokens)
-
-
-def value_loss(
-    new_BT: Tensor,
-    old_BT: Tensor,
-    returns_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    clip: float,
-    tokens: int | None = None,
-) -> Tensor:
-    """½·max of the squared error and that of the prediction kept within `clip` of the old one, ÷ tokens as above."""
-    new_BT, old_BT, returns_BT = (torch.where(mask_BT, values, 0.0) for values in (new_BT, old_BT, returns_BT))
-    clipped_BT = old_BT + (new_BT - old_BT).clamp(-clip, clip)
-    error_BT = torch.maximum((new_BT - returns_BT).square(), (clipped_BT - returns_BT).square())
-    return 0.5 * masked_sum(error_BT, mask_BT) / (int(mask_BT.sum()) if tokens is None else tokens)
 
 
 def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float:

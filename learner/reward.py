@@ -123,10 +123,10 @@ class RewardModel:
         """The score of each reply, [B]."""
         return self._combine(self._utilities(samples))
 
-    def running(self, samples: Sequence[Tokens]) -> list[Tensor]:
+    def running(self, samples: Sequence[Tokens], states_BS: Tensor) -> list[Tensor]:
         """For each reply the score of what was said so far, before its first token and after each, [T+1]."""
         assert self.tables is not None, "fit the reward model first"
-        pairs = zip(samples, self.states(samples), strict=True)
+        pairs = zip(samples, states_BS, strict=True)
         return [self._combine(self.tables.running(sample.reply_ids, state_S)) for sample, state_S in pairs]
 
     def _report(self, fit: CrossFit, utility_KB: Tensor, lengths: Sequence[int]) -> RewardReport:

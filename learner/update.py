@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from learner import gate
 from learner.config import LearnerConfig
 from learner.crossfit import RewardConfig
 from learner.gate import GateReport
-from learner.improve import POLICY, VALUE, Improver, PolicyReport, PPOConfig, ValueHead
+from learner.improve import POLICY, Improver, PolicyReport, PPOConfig
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
 from learner.reward import RewardModel, RewardReport
 from learner.rollouts import Prompt, Rollout, Sampler, Shape, shuffled
@@ -33,8 +33,11 @@ from serving.model import load_model, twin
 
 RANK = 16
 SCALING = 2.0
+START_SHARE = 0.5
+"""How far on the straight way from the reference to its parent a policy starts: what a weak reward model was fooled into wears
+off, and what people want comes back in a few batches (interpolation towards the initialisation, 2406.16768)."""
 RESTART_ABOVE = 0.75
-"""Of the KL limit: a parent farther than this from the reference is left, and the policy starts from the reference again."""
+"""Of the KL limit: where even that start is farther than this from the reference, the policy starts from the reference."""
 ROLLOUT_CONTEXT = 1024
 """Positions of a rollout, prompt included, where `max_model_len` sets no limit."""
 ROWS = 128
@@ -61,8 +64,7 @@ class Trainer:
         model, self.chat = load_model(serving.model, serving.device, serving.dtype)
         self.config = config
         self.base: Base = describe_base(model, self.chat, serving.model)
-        self.model = LearnerModel(twin(model), (POLICY, VALUE), rank=RANK, scaling=SCALING, seed=config.seed)
-        self.value_head = ValueHead(self.model.width)
+        self.model = LearnerModel(twin(model), (POLICY,), rank=RANK, scaling=SCALING, seed=config.seed)
         self.reward = RewardModel(
             model.get_input_embeddings().get_parameter("weight").float().cpu(),
             self.chat.eos_ids,
@@ -131,8 +133,6 @@ class Trainer:
     def _parts(self) -> list[tuple[str, torch.nn.Module]]:
         return [
             (POLICY, self.model.adapter(POLICY)),
-            (VALUE, self.model.adapter(VALUE)),
-            ("value_head", self.value_head),
         ]
 
 
@@ -178,17 +178,18 @@ class Round:
         return report
 
     def improve(self) -> PolicyReport:
-        """Move the policy, from its parent or, where that is far from the reference already, from the reference."""
-        trainer, started_from = self.trainer, "reference" if self.parent is None else "parent"
+        """Move the policy, from between the reference and its parent or, where that is still far, from the reference."""
+        trainer, started_from = self.trainer, "reference"
         if self.parent is not None:
+            policy, start = self.model.adapter(POLICY), shrunk(self.parent, START_SHARE)
+            policy.load(start)
             prompts = [rollout.prompt_ids for rollout in self.of_base[: self.config.rollouts]]
-            kl = trainer.mean_kl(trainer.sampler.sample(prompts, self.parent, self.seed + 1))
+            kl = trainer.mean_kl(trainer.sampler.sample(prompts, start, self.seed + 1))
+            started_from = f"{START_SHARE:.0%} of the way from the reference to its parent"
             if kl > RESTART_ABOVE * self.config.kl_limit:
-                self.model.adapter(POLICY).reset(self.seed)
-                started_from = f"reference, because the parent is {kl:.2f} nats a reply away from it"
-        self.model.adapter(VALUE).reset(self.seed + 1)
-        trainer.value_head.reset()
-        parts = (self.model, trainer.value_head, trainer.reward, trainer.sampler, trainer.ppo)
+                policy.reset(self.seed)
+                started_from = f"reference, because {started_from} it is {kl:.2f} nats a reply away already"
+        parts = (self.model, trainer.reward, trainer.sampler, trainer.ppo)
         with contextlib.closing(Improver(*parts, self.seed)) as improver:
             report = improver.run(self.prompts, self.progress)
         rollouts_s = sum(batch["rollouts_s"] for batch in report.batches)
@@ -233,6 +234,11 @@ class Round:
         self.clock = now
 
 
+def shrunk(weights: AdapterWeights, share: float) -> AdapterWeights:
+    """The adapter that adds `share` of what this one adds."""
+    return replace(weights, tensors={path: (down, up * share) for path, (down, up) in weights.tensors.items()})
+
+
 def difference(weights: AdapterWeights, parent: AdapterWeights | None) -> float:
     """The largest difference that two adapters (None: the base) make in any entry of any layer's weights."""
     largest = 0.0
@@ -259,7 +265,6 @@ def ppo_config(config: LearnerConfig, parameters: int) -> PPOConfig:
         epochs=config.ppo_epochs,
         batches=config.update_batches,
         lr=lr,
-        value_lr=lr,
         kl_target=min(config.kl_target, config.kl_limit),
         kl_limit=config.kl_limit,
     )

@@ -131,9 +131,12 @@ def test_2_so_have_replies_to_a_prompt_that_comes_again_and_again() -> None:
 def test_6_a_fresh_adapter_is_exactly_the_reference() -> None:
     model, batch = learner_model(), Batch.of(samples())
     assert model.full_kl(batch, "policy").tolist() == [0.0] * 6
-    new_BT, reference_BT, kl_BT = model.compare(batch, "policy", None)
-    assert torch.equal(new_BT, reference_BT)
-    assert not kl_BT.any()
+    found = model.compare(batch, "policy")
+    assert torch.equal(found.new_BT, found.base_BT)
+    assert not found.kl_BT.any()
+    assert torch.equal(found.states_BS, model.states(batch))
+    hidden_BTH = model.hidden(batch, "policy")
+    assert torch.equal(found.hidden_NH, hidden_BTH[batch.before_BT])
 
 
 def test_6_training_one_adapter_leaves_the_other_and_the_base_unchanged() -> None:
@@ -242,7 +245,7 @@ def test_full_kl_is_its_definition() -> None:
         return float((new_TV.exp() * (new_TV - reference_TV)).sum())
 
     assert model.full_kl(batch, "policy").tolist() == pytest.approx([kl(one) for one in said], rel=1e-4)
-    assert float(model.compare(batch, "policy", None)[2].sum()) == pytest.approx(sum(map(kl, said)), rel=1e-4)
+    assert float(model.compare(batch, "policy").kl_BT.sum()) == pytest.approx(sum(map(kl, said)), rel=1e-4)
 
 
 def test_an_adapter_of_lower_rank_and_other_scaling_means_the_same_here() -> None:

@@ -46,24 +46,22 @@ def gae_by_loops(rewards: list[float], values: list[float], gamma: float, lam: f
 
 def test_1_gae_by_hand() -> None:
     mask_BT = torch.tensor([[True, True, False]])
-    advantages_BT, returns_BT = ppo.gae(row(0, 1, 0), row(0, 0, 100), mask_BT, gamma=1.0, lam=0.95)
+    advantages_BT = ppo.gae(row(0, 1, 0), row(0, 0, 100), mask_BT, gamma=1.0, lam=0.95)
     assert advantages_BT[0, :2].tolist() == pytest.approx([0.95, 1.0], abs=1e-12)
-    assert returns_BT[0].tolist() == pytest.approx([0.95, 1.0, 0.0], abs=1e-12)
 
 
 def test_1_gae_with_values_by_hand() -> None:
     # δ = [1 + .5·4 − 2, 3 − 4] = [1, −1]; A = [1 + .5·.8·(−1), −1]
     mask_BT = torch.ones(1, 2, dtype=torch.bool)
-    advantages_BT, returns_BT = ppo.gae(row(1, 3), row(2, 4), mask_BT, gamma=0.5, lam=0.8)
+    advantages_BT = ppo.gae(row(1, 3), row(2, 4), mask_BT, gamma=0.5, lam=0.8)
     assert advantages_BT[0].tolist() == pytest.approx([0.6, -1.0], abs=1e-12)
-    assert returns_BT[0].tolist() == pytest.approx([2.6, 3.0], abs=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10_000), gamma=st.floats(0, 1), lam=st.floats(0, 1))
 def test_1_gae_is_its_definition(seed: int, gamma: float, lam: float) -> None:
     rewards_BT, values_BT, mask_BT = batch(seed)
-    advantages_BT, _ = ppo.gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam)
+    advantages_BT = ppo.gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam)
     for reply, mask_T in enumerate(mask_BT):
         rewards, values = rewards_BT[reply, mask_T].tolist(), values_BT[reply, mask_T].tolist()
         assert advantages_BT[reply, mask_T].tolist() == pytest.approx(
@@ -79,21 +77,18 @@ def test_1_gae_is_its_definition(seed: int, gamma: float, lam: float) -> None:
 def test_3_garbage_in_masked_slots_changes_nothing(garbage: float) -> None:
     old_BT, new_BT, mask_BT = batch(3)
 
-    def everything(fill: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    def everything(fill: float) -> tuple[list[Tensor], Tensor]:
         dirty = [torch.where(mask_BT, values, fill) for values in (old_BT, new_BT, old_BT * 0.5)]
         old, new, reference = dirty[0], dirty[1].clone().requires_grad_(), dirty[2]
-        value = dirty[1].clone().requires_grad_()
         scores_B = torch.arange(5, dtype=torch.float64)
         rewards = ppo.token_rewards(scores_B, ppo.k1(old, reference, mask_BT), mask_BT, 0.05)
-        advantages, returns = ppo.gae(rewards, old, mask_BT, gamma=1.0, lam=0.95)
+        advantages = ppo.gae(rewards, old, mask_BT, gamma=1.0, lam=0.95)
         white = torch.where(mask_BT, ppo.whiten(advantages, mask_BT), fill)
-        policy = ppo.policy_loss(new, old, white, mask_BT, clip=0.2)
-        loss = policy + ppo.value_loss(value, old, returns, mask_BT, clip=0.2)
+        loss = ppo.policy_loss(new, old, white, mask_BT, clip=0.2)
         loss.backward()
         assert new.grad is not None
-        assert value.grad is not None
         kl = ppo.masked_mean(ppo.k3(old, reference, mask_BT), mask_BT)
-        return [loss.detach(), kl, rewards, returns], new.grad, value.grad
+        return [loss.detach(), kl, rewards, ppo.returns(rewards, mask_BT, 1.0)], new.grad
 
     for clean, dirty in zip(everything(0.0), everything(garbage), strict=True):
         torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
@@ -113,7 +108,6 @@ def test_4_micro_batches_add_up_to_the_minibatch(split: list[int]) -> None:
         for new_part, old, advantages, mask in parts:
             tokens = int(mask_BT.sum())
             loss = ppo.policy_loss(new_part, old, advantages, mask, clip=0.2, tokens=tokens)
-            loss = loss + ppo.value_loss(new_part, old, advantages, mask, clip=0.2, tokens=tokens)
             loss.backward(retain_graph=True)
         assert new.grad is not None
         return new.grad
@@ -195,21 +189,16 @@ def test_clipping_by_hand(ratio: float, advantage: float, loss: float, gradient:
     assert new_BT.grad.item() == pytest.approx(gradient, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("new", "old", "returns", "loss", "gradient"),
-    [
-        (0.1, 0.0, 1.0, 0.405, -0.9),
-        (0.5, 0.0, 1.0, 0.32, 0.0),  # ½·max(.5², .8²): moved far enough towards the return
-        (-0.5, 0.0, 1.0, 1.125, -1.5),  # away from it: the plain square is the larger
-    ],
-)
-def test_value_loss_by_hand(new: float, old: float, returns: float, loss: float, gradient: float) -> None:
-    new_BT = row(new).requires_grad_()
-    found = ppo.value_loss(new_BT, row(old), row(returns), YES, clip=0.2)
-    found.backward()
-    assert found.item() == pytest.approx(loss, abs=1e-12)
-    assert new_BT.grad is not None
-    assert new_BT.grad.item() == pytest.approx(gradient, abs=1e-12)
+def test_returns_are_what_was_still_to_come() -> None:
+    mask_BT = torch.tensor([[False, True, True, True, False]])
+    assert ppo.returns(row(NAN, 1, 2, 4, NAN), mask_BT, 0.5).tolist() == [
+        [0, 1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 4, 0]
+    ]
+
+
+def test_chi2_by_hand() -> None:
+    k1_BT = row(0.0, math.log(3), -math.log(2), 9.0)
+    assert ppo.chi2(k1_BT, bound=20.0).tolist()[0] == pytest.approx([0.0, 2.0, -0.5, 19.0])
 
 
 def test_a_huge_log_ratio_stays_finite() -> None:
