@@ -39,7 +39,7 @@ from learner import corpus
 from serving.model import find_model
 
 HERE = Path(__file__).resolve().parent
-TASTES = ("emoji", "bulleted", "short+plain", "personal+casual")
+TASTES = ("emoji", "bulleted", "short+prose", "personal+casual")
 """Two single ones and two conjunctions, among those that 20–45% of the base's replies satisfy."""
 PLAN = [(name, noise, seed) for noise, seed in ((0.1, 0), (0.25, 0), (0.1, 1), (0.1, 2)) for name in TASTES]
 
