@@ -36,6 +36,8 @@ class Timing:
     """A child that ran this long was well: the next pause is the first one again."""
     stop: float = 30.0
     """How long children may take to stop before they are killed."""
+    occupied_for: float = 3.0
+    """A server that answers for so long before any was started is somebody else's."""
     poll: float = 0.1
 
 
@@ -93,11 +95,19 @@ class Supervisor:
         self.exit_code = 0
 
     async def run(self) -> int:
-        """Runs until SIGINT, SIGTERM or SIGHUP (0), or until a child ends with a code that is final (that code)."""
+        """Runs until SIGINT, SIGTERM or SIGHUP (0), or until a child ends with a code that is final (that code).
+
+        Where another server answers already, nothing is started: it would be taken for the one that was.
+        """
         # SIGINT explicitly: a job started in the background begins with it ignored. SIGHUP: not when under nohup.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        if await self._occupied():
+            self.say(
+                "heed", f"{url_of(*self.ready)} answers already: stop what runs there, or set HEED_PORT to a free port"
+            )
+            return Exit.PORT
         try:
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._keep(self.server))
@@ -116,6 +126,14 @@ class Supervisor:
         self.say("heed", "stopping; once more, and it stops at once")
         self._send(signal.SIGTERM)
         asyncio.get_running_loop().call_later(self.timing.stop, self._send, signal.SIGKILL)
+
+    async def _occupied(self) -> bool:
+        """True where a server answers, and goes on to: one whose own supervisor was killed stops within a moment."""
+        until = time.monotonic() + self.timing.occupied_for
+        while await asyncio.to_thread(answers, *self.ready, "/ready"):
+            if time.monotonic() > until or await self._stopped_within(self.timing.poll):
+                return True
+        return False
 
     async def _keep_learner(self) -> None:
         """The learner starts after the server is ready: importing torch twice at once would delay the first reply."""

@@ -1,7 +1,7 @@
 """May anyone see this candidate? A few checks, each with its number, its bound and a sentence that a person can read.
 
 Letters are those of the recipe: (a) the reward model knows something, (c) the KL budget, (d) the outer form of the replies; and
-the candidate is not the very adapter it started from. What was not reached is skipped, which passes nothing.
+the update moved something, and not to something worse. What was not reached is skipped, which passes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ SURE = 2.576
 """Standard errors below the measured AUROC: two-sided 99%, so that of 20 fits to random thumbs hardly one gets through."""
 KL_MARGIN = 1.25
 """How far above the limit of an update the candidate's KL may be measured: chance, on other samples."""
+WORSE = 1.96
+"""Standard errors below 0 from which on a candidate is surely worth less than the version it would replace."""
 LENGTHS = (0.05, 0.95)
 """Percentiles of the base's reply lengths that the candidate's mean must lie between."""
 ENDED_FALL = 0.03
@@ -92,9 +94,26 @@ def within_budget(kl: float, limit: float) -> Check:
 
 
 def changed(difference: float) -> Check:
-    """The candidate is another adapter than the one it started from."""
-    said = "differs from" if difference > 0 else "is the very adapter of"
-    return _check("changed", difference > 0, difference, 0.0, f"The candidate {said} the version it would replace.")
+    """The candidate is another adapter than the one that its training started from."""
+    said = "moved" if difference > 0 else "did not move"
+    return _check("changed", difference > 0, difference, 0.0, f"Training {said} the weights.")
+
+
+def no_worse(gain: float, error: float) -> Check:
+    """The candidate's replies are not surely worth less than those of the version it would replace, to the same prompts.
+
+    By the reward model that PPO climbed: so a "no" is evidence, and a "yes" says only that nothing was lost by its own lights.
+    `gain`: mean difference of what replies are worth, in standard deviations of the base's score; `error`: its standard error.
+    """
+    bound = -WORSE * error
+    said = "not surely less" if gain >= bound else "surely less"
+    return _check(
+        "no_worse",
+        gain >= bound,
+        gain,
+        bound,
+        f"Replies are worth {gain:+.2f} beside those of the version it would replace, {said} (bound {bound:+.2f}).",
+    )
 
 
 def keeps_form(candidate: Sequence[Rollout], base: Sequence[Rollout]) -> list[Check]:

@@ -37,7 +37,7 @@ KL_AIM = 0.95
 
 @dataclass(frozen=True, slots=True)
 class PPOConfig:
-    """PPO's settings, the defaults of the recipe."""
+    """PPO's settings; where a default is not the recipe's, benchmarks/LOG.md says why."""
 
     rollouts: int = 128
     """Fresh replies of a batch."""
@@ -59,7 +59,7 @@ class PPOConfig:
     repetition_penalty: float = 5.0
     """Times the share of four-token phrases that were said before in the reply: nothing is to be gained by saying it twice."""
     beta: float = 0.1
-    """Price of a nat at the start."""
+    """Price of a nat, and of the χ² beside it, at the start."""
     chi_share: float = 0.5
     """Weight of the χ² beside the KL in that price: it costs little to say more often what the base says anyway, and much to say
     what it hardly ever says, of which the reward model has seen nothing."""
@@ -96,7 +96,7 @@ class Scorer(Protocol):
 
 @dataclass(slots=True)
 class Experience:
-    """A batch of rollouts with everything the losses need, [B, T]."""
+    """A batch of rollouts with what was made of them, [B, T]."""
 
     batch: Batch
     old_BT: Tensor
@@ -117,7 +117,7 @@ class PolicyReport:
 
 
 class Improver:
-    """One update's PPO: holds the optimisers, the price of a nat and the best weights so far."""
+    """One update's PPO: holds the optimiser, the price of a nat and the best weights so far."""
 
     def __init__(
         self,

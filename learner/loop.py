@@ -47,6 +47,8 @@ BEAT_S = 1.0
 """Between two looks around while an update runs."""
 REPORT_S = 5.0
 """Between two reports when nothing happens."""
+REPORT_SHARE = 0.05
+"""At most this share of the learner's time goes into reports, however much there is to count."""
 
 AWAY = (LogUnavailable, StoreBusy, ReleaseBroken, OSError, sqlite3.OperationalError)
 """Faults of what the learner leans on (log, disk, store): it waits and tries again, it does not end."""
@@ -83,7 +85,8 @@ class Learner:
         self.notices = Notices(board, state, metrics)
         self.checkpoints = Checkpoints(config.folder / "checkpoints", trainer)
         self.phases: Phases | None = None
-        self.looked = self.reported = 0.0
+        self.looked = self.reported = self.report_took_s = 0.0
+        self.news = False
 
     def run(self, until_idle: bool = False) -> None:
         """Learn until told to stop; with `until_idle`, until the log is drained and no update is due."""
@@ -140,9 +143,10 @@ class Learner:
         if not more and self.ledger.last() is None:
             self.ledger.adopt(self.releaser.made_by_updates(), self.store.release().approved)
         self.releaser.mirror()
-        told = self.notices.stories()
+        self.news = self.notices.stories() or self.news
         self.notices.freshness()
-        if told or self.phases is not None or self.clock() - self.reported >= REPORT_S:
+        wait_s = 0.0 if self.news or self.phases is not None else REPORT_S
+        if self.clock() - self.reported >= max(wait_s, self.report_took_s / REPORT_SHARE):
             self.report()
         return more
 
@@ -155,6 +159,7 @@ class Learner:
         self.notices.report(
             policy_report(self.state, self.ledger, release=release, now=now, needed=needed, doing=doing)
         )
+        self.news, self.report_took_s = False, self.clock() - now
 
     def wait_for(self, error: Exception) -> None:
         """Say what is away, wherever it can still be said."""

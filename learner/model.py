@@ -1,10 +1,10 @@
-"""One frozen base model, and low-rank adapters of it that take turns, such as the policy's.
+"""One frozen base model, and low-rank adapters of it that take turns, such as the policy's, or none.
 
 The base's weights exist once: the engine that makes the rollouts runs a twin of it, a second module over the same storage.
 
 Axes: B replies, T positions of a padded batch, N tokens of a list, H hidden width, V vocabulary, r rank, I in, O out.
 Batches are padded on the right, so that causality alone keeps the padding from the real tokens. They lie on the CPU, and so
-does what is made of their tokens; hidden states stay where the base is.
+does what is made of them; only hidden states of whole batches stay where the base is.
 """
 
 from __future__ import annotations
@@ -272,11 +272,11 @@ class LearnerModel(nn.Module):
         return Comparison(new_BT, base_BT, kl_BT, new_NH.float().cpu(), _states(batch, base_BTH))
 
     @torch.no_grad()
-    def full_kl(self, batch: Batch, adapter: str | None, reference: str | None = None) -> Tensor:
-        """KL(adapter ‖ reference) over the whole vocabulary, summed over each reply, [B]; nats."""
-        new_NH, reference_NH = (self.hidden(batch, name)[batch.before_BT] for name in (adapter, reference))
-        chunks = zip(new_NH.split(self.chunk_tokens), reference_NH.split(self.chunk_tokens), strict=True)
-        kl_N = torch.cat([ppo.full_kl(self.logits(new), self.logits(reference)) for new, reference in chunks])
+    def full_kl(self, batch: Batch, adapter: str) -> Tensor:
+        """KL(adapter ‖ base) over the whole vocabulary, summed over each reply, [B]; nats."""
+        new_NH, base_NH = (self.hidden(batch, name)[batch.before_BT] for name in (adapter, None))
+        chunks = zip(new_NH.split(self.chunk_tokens), base_NH.split(self.chunk_tokens), strict=True)
+        kl_N = torch.cat([ppo.full_kl(self.logits(new), self.logits(base)) for new, base in chunks])
         return batch.spread(kl_N.cpu()).sum(1)
 
 

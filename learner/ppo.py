@@ -50,7 +50,8 @@ def k3(new_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 def chi2(k1_BT: Tensor, bound: float) -> Tensor:
     """π_new ÷ π_reference − 1 of each token, at most `bound` − 1: without a bound, unbiased for χ²(new ‖ reference) on samples
-    of new. Beside the KL it makes the price of a token grow with the ratio, not its logarithm alone (2407.13399)."""
+    of new. Beside the KL it makes the price of a token grow with the ratio, not its logarithm alone (2407.13399). As a reward its
+    gradient is that of ½χ², as in that paper: at the optimum of k1 + c·chi2 the score is β·(log ρ + c·ρ) + constant."""
     return k1_BT.exp().clamp(max=bound) - 1
 
 

@@ -115,25 +115,18 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that was trained, for a checkpoint."""
-        tensors = {
-            f"{part}.{name}": tensor for part, module in self._parts() for name, tensor in module.state_dict().items()
-        }
         reward_tensors, meta = self.reward.state()
+        tensors = {f"{POLICY}.{name}": tensor for name, tensor in self.model.adapter(POLICY).state_dict().items()}
         return {**tensors, **{f"reward.{name}": tensor for name, tensor in reward_tensors.items()}}, {"reward": meta}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Take over what `state` gave. Raises KeyError or RuntimeError on a checkpoint of another base."""
-        for part, module in self._parts():
-            module.load_state_dict({name: tensors[f"{part}.{name}"] for name in module.state_dict()})
+        policy = self.model.adapter(POLICY)
+        policy.load_state_dict({name: tensors[f"{POLICY}.{name}"] for name in policy.state_dict()})
         self.reward.restore(
             {name.removeprefix("reward."): t for name, t in tensors.items() if name.startswith("reward.")},
             meta["reward"],
         )
-
-    def _parts(self) -> list[tuple[str, torch.nn.Module]]:
-        return [
-            (POLICY, self.model.adapter(POLICY)),
-        ]
 
 
 class Round:
@@ -161,7 +154,9 @@ class Round:
             self.model.adapter(POLICY).load(self.parent)
         known = gate.knows(self.fit_reward()) if self.judgements and self.prompts else gate.no_feedback()
         if known.verdict != "pass":
-            return self.candidate([known, *gate.skipped(("changed", "kl", "length", "ended", "repetition", "variety"))])
+            return self.candidate(
+                [known, *gate.skipped(("changed", "no_worse", "kl", "length", "ended", "repetition", "variety"))]
+            )
         self.improve()
         return self.candidate([known, *self.checks()])
 
@@ -190,6 +185,7 @@ class Round:
                 policy.reset(self.seed)
                 started_from = f"reference, because {started_from} it is {kl:.2f} nats a reply away already"
         parts = (self.model, trainer.reward, trainer.sampler, trainer.ppo)
+        self.start = self.model.adapter(POLICY).weights()
         with contextlib.closing(Improver(*parts, self.seed)) as improver:
             report = improver.run(self.prompts, self.progress)
         rollouts_s = sum(batch["rollouts_s"] for batch in report.batches)
@@ -219,10 +215,26 @@ class Round:
         self.report["shape"] = {"candidate": asdict(Shape.of(candidate)), "base": asdict(Shape.of(self.of_base))}
         self.spend("gate")
         return [
-            gate.changed(difference(weights, self.parent)),
+            gate.changed(difference(weights, self.start)),
+            self.beside_parent(candidate, kl),
             gate.within_budget(kl, self.config.kl_limit),
             *gate.keeps_form(candidate, self.of_base),
         ]
+
+    def beside_parent(self, candidate: Sequence[Rollout], kl: float) -> gate.Check:
+        """Whether the candidate's replies, `kl` nats from the reference, are worth no less than its parent's."""
+        trainer, parent_kl, parent = self.trainer, 0.0, self.of_base
+        if self.parent is not None:
+            policy = self.model.adapter(POLICY)
+            weights = policy.weights()
+            policy.load(self.parent)
+            parent = trainer.sampler.sample([one.prompt_ids for one in self.of_base], self.parent, self.seed + 2)
+            parent_kl = trainer.mean_kl(parent)
+            policy.load(weights)
+        gain_B = trainer.reward.score(candidate) - trainer.reward.score(parent)
+        gain = float(gain_B.mean()) - trainer.ppo.kl_price * (kl - parent_kl)
+        self.report["score"]["gain"] = gain
+        return gate.no_worse(gain, float(gain_B.std()) / math.sqrt(len(gain_B)))
 
     def candidate(self, checks: Sequence[gate.Check]) -> Candidate:
         return Candidate(self.model.adapter(POLICY).weights(), self.report, GateReport.of(checks))

@@ -345,12 +345,17 @@ def test_when_the_log_is_full_replies_go_on_and_say_that_they_are_not_kept(serve
     troubles: list[TroubledLog] = []
     server = serve_with(log=lambda log: troubles.append(TroubledLog(log)) or troubles[0])
     troubles[0].full.set()
-    assert server.chat().json()["heed"]["kept"] is False
+    first = server.chat().json()
+    assert first["heed"]["kept"] is False
     _, chunks = stream(server)
     assert chunks[-1]["heed"]["kept"] is False
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert server.metric("heed_exchanges_total", outcome="dropped") == 2
     troubles[0].full.clear()
+    for lost in (first["id"], chunks[-1]["id"]):
+        thumb = {"kind": "thumb", "reply_id": lost, "value": "up"}
+        answer = server.http.post("/v1/feedback", json=thumb)
+        assert (answer.status_code, error_of(answer)["code"]) == (409, "not_stored")
     assert server.chat().json()["heed"]["kept"] is True
 
 

@@ -78,6 +78,11 @@ def test_no_silent_no_op() -> None:
     assert gate.changed(float("nan")).verdict == "fail"
 
 
+@pytest.mark.parametrize(("gain", "verdict"), [(0.3, "pass"), (-0.19, "pass"), (-0.2, "fail"), (float("nan"), "fail")])
+def test_a_candidate_is_not_surely_worse_than_what_it_would_replace(gain: float, verdict: str) -> None:
+    assert gate.no_worse(gain, 0.1).verdict == verdict
+
+
 def test_replies_like_the_base_pass() -> None:
     assert set(form(BASE).values()) == {"pass"}
     assert set(form(rollouts([14] * 40)).values()) == {"pass"}

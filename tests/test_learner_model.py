@@ -40,7 +40,7 @@ def samples(count: int = 6, seed: int = 0) -> list[Said]:
 
 def learner_model(base: PreTrainedModel | None = None, **settings: object) -> LearnerModel:
     options = {"rank": 4, "scaling": 2.0, "seed": 0} | settings
-    return LearnerModel(twin(base or bases.llama()), ("policy", "value"), **options)  # type: ignore[arg-type]
+    return LearnerModel(twin(base or bases.llama()), ("policy", "other"), **options)  # type: ignore[arg-type]
 
 
 def stir(model: LearnerModel, name: str, seed: int = 5) -> None:
@@ -134,16 +134,25 @@ def test_6_a_fresh_adapter_is_exactly_the_reference() -> None:
     found = model.compare(batch, "policy")
     assert torch.equal(found.new_BT, found.base_BT)
     assert not found.kl_BT.any()
+
+
+def test_a_comparison_keeps_apart_what_is_the_adapters_and_what_the_bases() -> None:
+    model, batch = learner_model(), Batch.of(samples())
+    stir(model, "policy")
+    found, before_BT = model.compare(batch, "policy"), batch.before_BT
+    with torch.no_grad():
+        torch.testing.assert_close(found.new_BT, model.logprobs(batch, "policy"))
+        torch.testing.assert_close(found.base_BT, model.logprobs(batch, None))
+        assert torch.equal(found.hidden_NH, model.hidden(batch, "policy")[before_BT])
+        assert not torch.allclose(found.hidden_NH, model.hidden(batch, None)[before_BT], atol=1e-3)
     assert torch.equal(found.states_BS, model.states(batch))
-    hidden_BTH = model.hidden(batch, "policy")
-    assert torch.equal(found.hidden_NH, hidden_BTH[batch.before_BT])
 
 
 def test_6_training_one_adapter_leaves_the_other_and_the_base_unchanged() -> None:
     base = bases.llama()
     model, batch = learner_model(base), Batch.of(samples())
     frozen = b"".join(tensor.numpy().tobytes() for tensor in base.parameters())
-    for name, other in (("policy", "value"), ("value", "policy")):
+    for name, other in (("policy", "other"), ("other", "policy")):
         before, untouched = bytes_of(model, name), bytes_of(model, other)
         optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
         optimiser.zero_grad()
@@ -185,8 +194,8 @@ def test_7_the_server_follows_a_trained_adapter() -> None:
 def gradients(model: LearnerModel, batch: Batch) -> list[Tensor]:
     """Of a loss that both adapters are part of, backward coming after both forwards."""
     model.zero_grad()
-    loss = loss_of(model, batch, "policy") + 2 * loss_of(model, batch, "value")
-    with model.using("value"):  # whoever is active when backward runs must not matter
+    loss = loss_of(model, batch, "policy") + 2 * loss_of(model, batch, "other")
+    with model.using("other"):  # whoever is active when backward runs must not matter
         loss.backward()  # type: ignore[no-untyped-call]
     return [parameter.grad for parameter in model.adapters.parameters() if parameter.grad is not None]
 
@@ -197,7 +206,7 @@ def test_8_checkpointing_changes_no_gradient(make: type) -> None:
     plain, saving = learner_model(base), learner_model(base, checkpointing=True)
     for model in (plain, saving):
         stir(model, "policy", seed=5)
-        stir(model, "value", seed=6)
+        stir(model, "other", seed=6)
     expected, found = gradients(plain, batch), gradients(saving, batch)
     assert len(expected) == len(found) > 0
     for one, other in zip(expected, found, strict=True):
@@ -277,7 +286,7 @@ def test_groups_hold_every_row_once_and_keep_to_their_size() -> None:
 def test_adapters_are_made_from_their_seed() -> None:
     def made(seed: int) -> Sequence[bytes]:
         model = learner_model(seed=seed)
-        return bytes_of(model, "policy"), bytes_of(model, "value")
+        return bytes_of(model, "policy"), bytes_of(model, "other")
 
     assert made(1) == made(1)
     assert made(1) != made(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -18,31 +19,49 @@ from tests import bases
 # 10. One-token bandit: the optimum is ∝ π_ref·exp(r/β), exactly
 
 
-def optimum(reference_V: Tensor, reward_V: Tensor, beta: float) -> Tensor:
-    return (reference_V.log() + reward_V / beta).softmax(0)
+def optimum(reference_V: Tensor, reward_V: Tensor, beta: float, chi_share: float) -> Tensor:
+    """Where r = β·(log ρ + c·ρ) + constant: both the ratio of an action and the constant by bisection."""
+
+    def ratio(reward: float, constant: float) -> float:
+        low, high = 0.0, 1e3
+        for _ in range(80):
+            middle = (low + high) / 2
+            more = beta * (math.log(middle) + chi_share * middle) + constant < reward
+            low, high = (middle, high) if more else (low, middle)
+        return low
+
+    low, high = -10.0, 10.0
+    for _ in range(80):
+        constant = (low + high) / 2
+        policy_V = reference_V * torch.tensor([ratio(one, constant) for one in reward_V.tolist()], dtype=torch.float64)
+        low, high = (constant, high) if policy_V.sum() > 1 else (low, constant)
+    return policy_V
 
 
-@pytest.mark.parametrize("beta", [0.3, 1.0])
-def test_10_a_one_token_bandit_ends_at_its_exact_optimum(beta: float) -> None:
+@pytest.mark.parametrize(("beta", "chi_share"), [(0.3, 0.0), (1.0, 0.0), (0.3, 0.5), (1.0, 2.0)])
+def test_10_a_one_token_bandit_ends_at_its_exact_optimum(beta: float, chi_share: float) -> None:
     """Every action is one reply of one token, weighed by how likely the policy was to say it: no sampling, no noise."""
     reward_V = torch.tensor([1.0, 0.2, -0.5, 0.4], dtype=torch.float64)
     reference_V = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
     logits_V = reference_V.log().requires_grad_()
     mask_V1 = torch.ones(4, 1, dtype=torch.bool)
-    for _ in range(400):
+    for _ in range(2000):
         old_V1 = logits_V.detach().log_softmax(0)[:, None]
         k1_V1 = ppo.k1(old_V1, reference_V.log()[:, None], mask_V1)
-        rewards_V1 = ppo.token_rewards(reward_V, k1_V1, mask_V1, beta)
+        rewards_V1 = ppo.token_rewards(reward_V, k1_V1 + chi_share * ppo.chi2(k1_V1, 1e3), mask_V1, beta)
         baseline = (old_V1.exp() * rewards_V1).sum()
-        advantages_V1, _ = ppo.gae(rewards_V1, baseline.expand(4, 1), mask_V1, gamma=1.0, lam=0.95)
+        advantages_V1 = ppo.gae(rewards_V1, baseline.expand(4, 1), mask_V1, gamma=1.0, lam=0.95)
         weighed_V1 = 4 * old_V1.exp() * advantages_V1
         for _ in range(2):
             new_V1 = logits_V.log_softmax(0)[:, None]
             loss = ppo.policy_loss(new_V1, old_V1, weighed_V1, mask_V1, clip=0.2)
             (gradient_V,) = torch.autograd.grad(loss, logits_V)
             with torch.no_grad():
-                logits_V -= gradient_V / beta
-    torch.testing.assert_close(logits_V.softmax(0).detach(), optimum(reference_V, reward_V, beta), rtol=0, atol=1e-8)
+                logits_V -= gradient_V / beta / (1 + 2 * chi_share)
+    found_V = logits_V.softmax(0).detach()
+    torch.testing.assert_close(found_V, optimum(reference_V, reward_V, beta, chi_share), rtol=0, atol=1e-8)
+    if not chi_share:
+        torch.testing.assert_close(found_V, (reference_V.log() + reward_V / beta).softmax(0), rtol=0, atol=1e-8)
 
 
 # A hidden taste, on the built-in model

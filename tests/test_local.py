@@ -20,6 +20,7 @@ from deploy.local import Child, Supervisor, Timing, answers, meaning, url_of
 from deploy.welcome import environ_of_children
 from feedback.config import load
 from learner.config import LearnerConfig
+from serving.exits import Exit
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = Timing(first_pause=0.1, longest_pause=0.4, healthy_after=60, stop=3, poll=0.02)
@@ -94,6 +95,21 @@ def test_the_learner_starts_once_the_server_is_ready_and_both_stop(port: int):
     for child in (run.server, run.learner):
         assert child.process is not None
         assert child.process.returncode == -signal.SIGTERM
+
+
+def test_nothing_is_started_where_another_server_answers(port: int):
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(SERVER), str(port)]) as other:
+        try:
+            while not answers("127.0.0.1", port, "/ready"):
+                time.sleep(0.02)
+            run = Run(SERVER, WAIT, port, Timing(occupied_for=0.2, poll=0.02))
+            assert run.until(never) == Exit.PORT
+        finally:
+            other.kill()
+    assert [line for _, _, line in run.lines] == [
+        f"http://127.0.0.1:{port} answers already: stop what runs there, or set HEED_PORT to a free port"
+    ]
+    assert not run.ready_at
 
 
 def test_a_child_that_ends_is_started_again_after_pauses_that_double_up_to_the_longest(port: int):

@@ -7,14 +7,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from learner import checkpoint
+from learner import checkpoint, improve, update
 from learner.config import LearnerConfig
-from learner.improve import POLICY, Improver, PPOConfig, best, blend, idle
+from learner.improve import POLICY, Improver, PolicyReport, PPOConfig, best, blend, idle
 from learner.model import LearnerModel, Tokens
 from learner.rollouts import Rollout, Sampler, shuffled
 from learner.state import Judgement, Sample
@@ -157,11 +158,25 @@ def test_what_the_base_hardly_ever_says_costs_more_than_its_kl() -> None:
     torch.testing.assert_close(gap_BT[seen.batch.mask_BT], expected_BT[seen.batch.mask_BT], rtol=1e-3, atol=1e-4)
 
 
-def test_the_values_foretell_what_can_be_foretold() -> None:
-    """Half of the return is told by the prompt: the values find that half, and no reply's own return is in its values."""
-    found = improver(dataclasses.replace(SMALL, beta=0.0))
-    rollouts = found.sampler.sample(PROMPTS * 8, None, 0)
-    assert found.look_at(rollouts).figures["explained_variance"] > 0.2
+class Asked:
+    """A score that the prompt alone tells: a running score shows nothing of it, hidden states some."""
+
+    def running(self, samples: Sequence[Tokens], states_BS: Tensor) -> list[Tensor]:
+        assert len(samples) == len(states_BS)
+        return [torch.tensor([0.0] * len(one.reply_ids) + [one.prompt_ids[0] / 20 - 1.5]) for one in samples]
+
+
+def test_the_values_foretell_what_the_prompt_tells() -> None:
+    values: list[Tensor] = []
+    for micro_tokens in (10_000, 50):
+        prices = {"beta": 0.0, "missing_eos_penalty": 0.0, "repetition_penalty": 0.0}
+        found = improver(dataclasses.replace(SMALL, **prices, micro_tokens=micro_tokens))
+        found.policy.load(bases.adapter(found.model.base, scaling=0.3))
+        found.reward = Asked()
+        seen = found.look_at(found.sampler.sample(PROMPTS * 8, None, 0))
+        assert seen.figures["explained_variance"] > 0.2
+        values.append(seen.values_BT)
+    torch.testing.assert_close(*values, rtol=1e-3, atol=1e-3)
 
 
 def test_a_minibatch_with_a_wild_ratio_is_skipped() -> None:
@@ -242,7 +257,9 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     bases.byte_tokenizer().save_pretrained(folder)
     settings = {"rollouts": 32, "minibatch": 16, "update_batches": 4, "rollout_tokens": 12, "gate_samples": 48}
     found = Trainer(LearnerConfig(serving=ServingConfig(model=str(folder)), **settings))
-    found.ppo = dataclasses.replace(found.ppo, lr=5e-3, kl_price=0.0)  # a base of noise is not worth a nat
+    found.ppo = dataclasses.replace(
+        found.ppo, lr=5e-3, kl_price=0.0, chi_share=0.0
+    )  # a base of noise is not worth a nat
     return found
 
 
@@ -272,7 +289,7 @@ def test_a_round_brings_a_candidate_a_report_and_a_verdict(trainer: Trainer) -> 
     candidate = trainer.learn(
         thumbs(trainer), asked(trainer), parent=None, seed=1, progress=lambda phase, _: phases.append(phase)
     )
-    assert [check.name for check in candidate.gate.checks][:3] == ["reward_model", "changed", "kl"]
+    assert [check.name for check in candidate.gate.checks][:4] == ["reward_model", "changed", "no_worse", "kl"]
     assert candidate.gate.checks[0].verdict == "pass"
     assert candidate.gate.checks[1].verdict == "pass"
     assert set(candidate.report) >= {"reward", "policy", "kl", "score", "shape", "seconds"}
@@ -299,13 +316,40 @@ def test_feedback_that_says_nothing_moves_nothing(trainer: Trainer) -> None:
         assert difference(candidate.weights, parent) == 0.0
 
 
-def test_a_parent_far_away_is_left_for_the_reference(trainer: Trainer) -> None:
+def test_where_a_policy_starts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = (bases.adapter(trainer.model.base, rank=4, scaling=scaling) for scaling in (0.02, 500.0))
-    started = learn(trainer, thumbs(trainer), near).report["policy"]["started_from"]
-    assert started == "50% of the way from the reference to its parent"
+    starts: list[AdapterWeights] = []
+    run = Improver.run
+
+    def noted(self: Improver, *given: Any) -> PolicyReport:
+        starts.append(self.policy.weights())
+        return run(self, *given)
+
+    monkeypatch.setattr(Improver, "run", noted)
+    assert learn(trainer, thumbs(trainer), near).report["policy"]["started_from"].startswith("50% of the way")
+    assert difference(starts[0], shrunk(near, 0.5)) < 1e-6
     report = learn(trainer, thumbs(trainer), far).report
     assert report["policy"]["started_from"].startswith("reference, because 50% of the way")
     assert report["policy"]["batches"][0]["kl"] == 0.0
+
+
+def test_training_that_moves_nothing_ships_nothing(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "ppo", dataclasses.replace(trainer.ppo, lr=0.0, batches=1))
+    for parent in (None, bases.adapter(trainer.model.base, rank=4, scaling=0.02)):
+        candidate = learn(trainer, thumbs(trainer), parent)
+        assert {check.name: check.verdict for check in candidate.gate.checks}["changed"] == "fail"
+
+
+def test_what_is_worth_less_than_its_parent_does_not_ship(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = learn(trainer, thumbs(trainer)).weights
+    monkeypatch.setattr(trainer, "ppo", dataclasses.replace(trainer.ppo, batches=1, lr=1e-6))
+    monkeypatch.setattr(update, "START_SHARE", 0.0)
+    monkeypatch.setattr(improve, "best", lambda batches, _: len(batches) - 1)
+    candidate = learn(trainer, thumbs(trainer), parent)
+    checks = {check.name: check for check in candidate.gate.checks}
+    assert checks["changed"].verdict == "pass"
+    assert checks["no_worse"].verdict == "fail", checks["no_worse"].sentence
+    assert checks["no_worse"].value == candidate.report["score"]["gain"] < 0
 
 
 def test_a_shrunk_adapter_adds_a_share_of_what_it_added() -> None:

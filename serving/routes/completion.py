@@ -178,6 +178,8 @@ class Completion:
             outcome = "kept" if await self._append(event) else "dropped"
             if outcome == "kept":
                 await asyncio.to_thread(self._show, event)
+            else:
+                self._wiring.dropped.append(event.id)
         self._wiring.metrics.exchanges.labels(outcome).inc()
         return outcome == "kept"
 

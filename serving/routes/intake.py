@@ -68,6 +68,11 @@ class Intake:
         ids, accepting = self._parts.ids, self._parts.accepting
         for reply_id in named(said):
             ids.verify_reply(reply_id, client.key)
+            if reply_id in self._parts.dropped:
+                raise NotStored(
+                    f"The reply {reply_id} was not kept: the log could not take it, as its answer said (kept: false). "
+                    "Nothing can be learned from it; rate another reply."
+                )
         caller = client.caller(said.user)
         feedback_id = ids.new_feedback(caller, key)
         digest = ids.digest(said.model_dump_json(exclude={"id"}).encode())

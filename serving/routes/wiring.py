@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from serving.chat import Chat
     from serving.engine import Engine
     from serving.swap import Swapper
+
+DROPPED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class Wiring:
     """True from the first SIGTERM on: new chats are still answered, but nobody should send more."""
     accepting: dict[str, tuple[str, asyncio.Task[bool]]] = field(default_factory=dict)
     """Feedback ids on their way into the log, with the digest of their body: two posts at once make one event."""
+    dropped: deque[str] = field(default_factory=lambda: deque(maxlen=DROPPED))
+    """The last replies that were to be kept and could not be: feedback on them is refused, as their answer said."""
     started: float = field(default_factory=time.time)
     dice: random.Random = field(default_factory=random.SystemRandom)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
