@@ -155,7 +155,7 @@ def free_ports(count: int) -> list[int]:
 
 
 async def teach_and_judge(
-    url: str, cell: Cell, seen: Sequence[str], unseen: Sequence[str], of_base: dict[int, list[Reply]]
+    url: str, cell: Cell, seen: list[str], unseen: list[str], of_base: dict[int, list[Reply]]
 ) -> Json:
     """300 thumbs, a wait, and what the raters would think now, beside what they would have thought of the base."""
     async with Client(url) as client:
@@ -214,14 +214,14 @@ def number(version: str | None) -> int:
     return int((version or "v0").removeprefix("v"))
 
 
-async def answers(client: Client, prompts: Sequence[str], model: str, seed: int) -> list[Reply]:
-    """Fresh replies of one version, at T=1; those of one prompt have seeds of their own."""
+async def answers(client: Client, prompts: list[str], model: str, seed: int) -> list[Reply]:
+    """Fresh replies of one version, at T=1, each with a seed of its own: a seed that prompts share is one draw for all of them."""
     replies: list[Reply] = []
-    asked = iter(list(itertools.product(prompts, range(FRESH))))
+    asked = enumerate(prompts * FRESH, start=seed * FRESH * len(prompts))
 
     async def talk() -> None:
-        for prompt, again in asked:
-            replies.extend(await client.ask(prompt, model=model, temperature=1, seed=1000 * seed + again, user="judge"))
+        for own, prompt in asked:
+            replies.extend(await client.ask(prompt, model=model, temperature=1, seed=own, user="judge"))
 
     await asyncio.gather(*(talk() for _ in range(4 * AT_ONCE)))
     return replies
