@@ -215,7 +215,7 @@ def number(version: str | None) -> int:
 
 
 async def answers(client: Client, prompts: list[str], model: str, seed: int) -> list[Reply]:
-    """Fresh replies of one version, at T=1, each with a seed of its own: a seed that prompts share is one draw for all of them."""
+    """Fresh replies of one version, at T=1, each with a seed of its own: one that prompts share would be one draw for all."""
     replies: list[Reply] = []
     asked = enumerate(prompts * FRESH, start=seed * FRESH * len(prompts))
 
