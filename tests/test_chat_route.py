@@ -10,8 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from feedback.events import EXCHANGES
+from tests import bases
 from tests.served import MAX_LEN, Served, TroubledLog
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -285,6 +288,44 @@ def test_swaps_refuse_no_chat_and_mix_no_two_versions(serve_with: Callable[..., 
     assert len(by_completion) == len(seen)
     assert {len(of) for of in by_completion.values()} == {1}
     assert server.metric("heed_swaps_total", outcome="activated") >= len(versions)
+
+
+def test_20_swaps_under_12_talkers(serve_with: Callable[..., Served]):
+    """Nothing refused, nothing broken, one version a reply, and its log-probs are a full forward's of that version."""
+    server = serve_with(max_rows=8)
+    stop = threading.Event()
+
+    def talk(number: int) -> int:
+        said = 0
+        while not stop.is_set():
+            if number % 2:
+                _, chunks = stream(server, n=2, max_tokens=12, heed={"ignore_eos": True})
+                assert {chunk["model"] for chunk in chunks} == {chunks[0]["model"]}
+            else:
+                answer = server.chat(n=2, max_tokens=12, heed={"ignore_eos": True})
+                assert (answer.status_code, len(answer.json()["choices"])) == (200, 2)
+            said += 2
+        return said
+
+    with ThreadPoolExecutor(12) as pool:
+        talkers = [pool.submit(talk, number) for number in range(12)]
+        versions = [server.publish(seed) for seed in range(1, 21)]
+        stop.set()
+        said = sum(talker.result() for talker in talkers)
+    assert server.metric("heed_swaps_total", outcome="activated") >= 20
+    kept = server.exchanges()
+    assert len(kept) == said
+    assert {len(one.content.reply_ids) for one in kept} == {12}
+    speaker = server.wiring.speaker
+    assert speaker is not None
+    for version in {one.version for one in kept}:
+        model = AutoModelForCausalLM.from_pretrained(speaker.folder, dtype=torch.float32)
+        if version:
+            model = bases.with_peft(model, server.wiring.store.load(version, speaker.base))
+        for one in [one.content for one in kept if one.version == version][:6]:
+            expected_T = bases.logprobs_of(model, one.prompt_ids, one.reply_ids)
+            assert one.raw_logprobs == pytest.approx(expected_T.tolist(), abs=1e-4)
+    assert {one.version for one in kept} >= set(versions[1:-1])
 
 
 def test_a_client_that_leaves_frees_its_row_and_what_was_said_is_kept(server: Served):
