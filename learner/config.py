@@ -25,7 +25,8 @@ class LearnerConfig(Settings):
         300.0,
         ge=1,
         le=31_536_000,
-        description="how long after the last update 20 new judgements are enough, or the minimum if that is less, seconds",
+        description="seconds after the last update (before any: after the first judgement) from which on 20 new judgements are "
+        "enough, or the minimum if that is less",
     )
     learner_metrics_port: int = Field(
         9464, ge=0, le=65535, description="TCP port of the learner's /metrics and /health; 0: none"

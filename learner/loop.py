@@ -1,9 +1,8 @@
-"""The learner's loop: from feedback in the log to a version that is served.
+"""The learner's loop: from feedback in the log to a version that the release names.
 
-    absorb ──▶ enough new judgements? ──▶ reward model, rollouts, PPO, gate ──▶ publish ──▶ release
-       the log, in batches                   the trainer: all tensors          the adapter store
-       intake.py, joining.py                 update.py: reward.py,             ../serving/adapters.py,
-                                             improve.py, gate.py               release.py
+    absorb ──▶ enough new judgements? ──▶ train and judge ──────▶ publish ─────────▶ release
+    intake.py  due.py                     update.py: reward.py,   ../serving/        release.py names it;
+    joining.py                            improve.py, gate.py     adapters.py        ../serving/swap.py follows
 
 A kill may come between any two lines. Each step looks at what is already so, in the state file, the store and the
 release, and goes on from there; learner/ledger.py draws an update's life.
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from learner.update import Candidate, Trainer
 
 PROMPTS = 4096
-"""The newest distinct prompts, from which rollouts are made."""
+"""Rollouts are made from at most so many of the newest distinct prompts."""
 POLL_S = 0.25
 LONGEST_WAIT_S = 60.0
 BEAT_S = 1.0
@@ -98,7 +97,7 @@ class Learner:
             except Stopped:
                 return
             except AWAY as error:
-                self.wait_for(error)
+                self.say_away(error)
                 self.stopping.wait(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
                 continue
@@ -125,22 +124,25 @@ class Learner:
         return True
 
     def update_once(self) -> Update:
-        """One learner round: from all judgements that count to a version that is served, or to why none is."""
+        """One learner round: learn from all judgements that count, and release a version or say why none ships."""
         update = self.begin()
         candidate = self.learn(update)
         if candidate is None:
             return self.fail(update)
-        self.checkpoints.save(update.number, dict(update.offsets))
+        with contextlib.suppress(OSError):  # nothing leans on it; a full disk is met again where it matters
+            self.checkpoints.save(update.number, dict(update.offsets))
         if not candidate.gate.passed:
             return self.refuse(update, candidate)
         update = self.publish(update, candidate)
         return self.release(update)
 
     def look_around(self) -> bool:
-        """Absorb what is new, mirror the release, tell the board; true while the log has more."""
+        """Absorb what is new, mirror the release to the log, tell the board; true while the log has more."""
         self.looked = self.clock()
         more = self.intake.absorb()
-        if not more and self.ledger.last() is None:
+        if (
+            not more and self.ledger.last() is None
+        ):  # a state made anew: take over the updates that made the store's versions
             self.ledger.adopt(self.releaser.made_by_updates(), self.store.release().approved)
         self.releaser.mirror()
         self.news = self.notices.stories() or self.news
@@ -161,7 +163,7 @@ class Learner:
         )
         self.news, self.report_took_s = False, self.clock() - now
 
-    def wait_for(self, error: Exception) -> None:
+    def say_away(self, error: Exception) -> None:
         """Say what is away, wherever it can still be said."""
         self.phases = None
         self.notices.waiting(error)
@@ -203,7 +205,7 @@ class Learner:
             self.notices.waiting(error)
 
     def fail(self, update: Update) -> Update:
-        """The trainer broke: the traceback is in the learner's log."""
+        """The trainer broke; its traceback is in the learner's log."""
         why = f"update {update.number} failed (the learner's log says on what)"
         return self.ended(self.ledger.failed(update, why, self.clock()))
 
@@ -239,7 +241,7 @@ class Learner:
         return self.ledger.published(update, manifest.version, Learned(manifest.update, manifest.gate, reached))
 
     def release(self, update: Update) -> Update:
-        """Serve a published update to everyone. It stays published while an operator's pause holds it back."""
+        """Have the release name a published version, which servers follow. While a pause holds it back it stays published."""
         assert update.version is not None
         reason = f"update {update.number}: {update.feedback} judgements, passed the gate"
         try:
@@ -252,8 +254,9 @@ class Learner:
             return update
         if outcome == "passed_over":
             return self.ended(self.ledger.passed_over(update, why, self.clock()))
+        update = self.ended(self.ledger.released(update, self.clock()))
         self.store.prune()
-        return self.ended(self.ledger.released(update, self.clock()))
+        return update
 
     def learned(self, candidate: Candidate) -> Learned:
         """What an update leaves behind besides weights, as JSON takes it."""

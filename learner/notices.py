@@ -73,7 +73,7 @@ class Notices:
         self.metrics.updates.labels(update.status).inc()
         if update.status == "released":
             self._activations = {}  # the server may have noted this version before the learner did
-            _log.info("update %d: v%s is served to everyone", update.number, update.version)
+            _log.info("update %d: v%s is released", update.number, update.version)
         else:
             _log.info("update %d ships nothing: %s", update.number, update.why)
 

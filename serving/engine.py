@@ -1,12 +1,13 @@
 """The engine: submit → schedule → step → stream.
 
 `submit` puts a request into the line. Each step admits those for whom there is a row, and binds their version; reads a
-piece of the prompts that are new; samples one more token for every other running reply; and hands the tokens to their
-streams. Requests join and leave between any two steps, whatever version they speak. Versions are probed and activated
-between two steps as well (serving/swap.py asks for it), so that no reply ever mixes two.
+piece of the prompts that are new; samples one more token for every other running reply (once all prompts are read, where
+nobody listens token by token); and hands the tokens to their streams. Requests join and leave between any two steps,
+whatever version they speak. Versions are probed and activated between two steps as well (serving/swap.py asks for it), so
+that no reply ever mixes two.
 
 With `start()` the steps run in a thread of the engine's own; without it, `generate()` and `result()` make them where
-they are called.
+they are called. So the learner makes its rollouts (learner/rollouts.py), with an engine of its own.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 PROMPT_TOKENS_A_STEP = 512
-"""Prompt tokens read in one step while someone listens to running replies: what an arrival may delay them by."""
+"""Most prompt tokens read in one step while someone listens to running replies: what an arrival may delay them by."""
 PROMPT_TOKENS_A_STEP_UNHEARD = 2048
 """The same while nobody listens token by token."""
 
@@ -199,7 +200,7 @@ class Engine:
                 self._sample(first, logits_BV[chosen], _row_sampling(first, logits_BV.device))
 
     def _decode(self) -> None:
-        """One more token for every reply whose prompt is read."""
+        """One more token for every reply whose prompt is read; while nobody listens, only once all prompts are."""
         replies = self._batch.replies[: self._batch.decoding]
         if not replies or (self._batch.reading and not self._heard()):
             return  # while nobody listens, all prompts come first: then every step is a full one
@@ -278,15 +279,15 @@ class Engine:
         return self._versions.current
 
     def loaded(self) -> dict[int, int]:
-        """Version to the replies that run on it (or wait for it by name), 0 (the base) included."""
+        """How many replies run on each loaded version or wait for it by name; the base is 0."""
         with self._scheduler.lock:
             return self._versions.loaded()
 
     def stage(self, version: int, weights: AdapterWeights, timeout: float | None = 60.0) -> None:
         """Copy an adapter into a free slot and probe it: from then on it may be activated or named.
 
-        Nothing happens if the version is loaded already. Raises NoFreeSlot, ProbeFailed, ValueError for weights that do
-        not fit, TimeoutError when no step ends in `timeout` seconds.
+        If the version is loaded already, this only takes back its retirement. Raises NoFreeSlot, ProbeFailed, ValueError
+        for weights that do not fit, TimeoutError when no step ends in `timeout` seconds.
         """
         with self._staging:
             with self._scheduler.lock:

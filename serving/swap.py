@@ -1,4 +1,4 @@
-"""Swaps: from a changed release to another version speaking, with no reply broken, mixed, refused or delayed.
+"""Swaps: from a changed release to another version speaking, with no reply broken, mixed or refused.
 
 The way of a swap, all of it in a thread of its own:
 
@@ -8,9 +8,9 @@ The way of a swap, all of it in a thread of its own:
     flip      between two steps the engine changes one integer: replies admitted from now on are the new version's
     drain     replies that were running end on the version they began with; with the last of them its slot is free
 
-Whatever fails on the way, the version that spoke goes on speaking; the failure is counted, said once, and tried again
-only when the release or the version's files change (after a fault of the disk or of time: soon). If the release changes
-meanwhile, the newest wins. Who makes a candidate the released version: learner/release.py, or a person (heed adapters promote).
+Whatever fails on the way, the version that spoke goes on speaking. A failure is logged and counted, and tried again when the
+release or the version's files change; after a disk fault or a timeout, every RETRY_S. If the release changes meanwhile, the
+newest wins. Who changes it: learner/release.py, or a person (heed adapters promote, rollback).
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Swapper:
         return True
 
     def _prepare(self, release: Release, version: int, seconds: dict[str, float]) -> bool:
-        """Load and stage; false when another version is wanted by now, or no slot is free: look again then."""
+        """Load and stage. False when another version is wanted by now, or no slot is free: the next look tries again."""
         if self._loaded is None or self._loaded[0] != version:
             with _timed(seconds, "load"):
                 self._loaded = version, self._store.load(version, self._base)
