@@ -9,7 +9,7 @@ from pydantic import Field
 from feedback.config import Settings
 from serving.config import ServingConfig
 
-ENOUGH_AFTER_INTERVAL = 20
+FEW = 20
 """New judgements that start an update once `update_interval_s` has passed, where the minimum is not lower still."""
 
 
@@ -63,6 +63,6 @@ class LearnerConfig(Settings):
         return self.serving.feedback.data / "learner"
 
     @property
-    def enough_after_interval(self) -> int:
-        """New judgements that start an update once the interval has passed."""
-        return min(ENOUGH_AFTER_INTERVAL, self.update_min_feedback)
+    def few(self) -> int:
+        """New judgements that start an update once the interval has passed, or after one whose reward model knew too little."""
+        return min(FEW, self.update_min_feedback)

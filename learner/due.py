@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from feedback.board import Board
 from learner.config import LearnerConfig
-from learner.ledger import Ledger
+from learner.ledger import Ledger, Update
 from learner.state import State
 
 
@@ -34,9 +34,20 @@ class Due:
         return asked is not None and (last is None or asked > last.started)
 
     def needed(self) -> int:
-        """New judgements that start an update now: fewer once the last update, or the first judgement, is long ago."""
+        """New judgements that start an update now.
+
+        Fewer once the last update, or the first judgement, is long ago; and after an update whose reward model knew too
+        little, which costs seconds to try again: else the last thumbs of many could wait while all of them would do.
+        """
         last = self.ledger.last()
+        if last is not None and _knew_too_little(last):
+            return self.config.few
         since = last.finished if last is not None else self.state.oldest_fresh_at()
         if since is not None and self.clock() - since >= self.config.update_interval_s:
-            return self.config.enough_after_interval
+            return self.config.few
         return self.config.update_min_feedback
+
+
+def _knew_too_little(update: Update) -> bool:
+    checks = (update.gate or {}).get("checks", ())
+    return any(check["name"] == "reward_model" and check["verdict"] == "fail" for check in checks)

@@ -279,6 +279,25 @@ def test_after_the_interval_fewer_are_enough_but_never_none(make: Callable[..., 
     assert len(world.trainer.calls) == 2
 
 
+def test_after_a_reward_model_that_knew_too_little_fewer_are_enough(make: Callable[..., World]):
+    world = make(update_min_feedback=50)
+    world.trainer.passes = False
+    world.thumbs(50)
+    world.run()
+    assert len(world.trainer.calls) == 1
+    world.thumbs(19)
+    world.run()
+    assert len(world.trainer.calls) == 1
+    assert world.report()["why"].endswith("19 of the 20 new judgements that start an update")
+    world.trainer.passes = True
+    world.thumbs(1)
+    world.run()
+    assert len(world.trainer.calls) == 2
+    world.thumbs(20)
+    world.run()
+    assert len(world.trainer.calls) == 2
+
+
 def test_an_update_by_hand_needs_only_something_to_learn_from(world: World):
     world.server_board.ask_update(world.now)
     world.run()
