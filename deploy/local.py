@@ -123,9 +123,9 @@ class Supervisor:
             return
         self.exit_code = exit_code
         self.stopping.set()
-        self.say("heed", "stopping; once more, and it stops at once")
         self._send(signal.SIGTERM)
         asyncio.get_running_loop().call_later(self.timing.stop, self._send, signal.SIGKILL)
+        self.say("heed", "stopping; once more, and it stops at once")
 
     async def _occupied(self) -> bool:
         """True where a server answers, and goes on to: one whose own supervisor was killed stops within a moment."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -28,7 +29,8 @@ def run_local(config: LearnerConfig, environ: Mapping[str, str], console: Consol
     environ = environ_of_children(config, port, environ)
 
     def say(source: str, line: str) -> None:
-        console.print(Text(f"{source:>7} | ", COLOURS[source]) + Text(line), soft_wrap=True)
+        with contextlib.suppress(OSError, SystemExit):  # a terminal that closed, a full disk: no reason to stop serving
+            console.print(Text(f"{source:>7} | ", COLOURS[source]) + Text(line), soft_wrap=True)
 
     supervisor = Supervisor(
         Child("server", command("serve"), environ),

@@ -77,7 +77,7 @@ class Checkpoints:
             return
         try:
             self.trainer.restore(found.tensors, found.meta["trainer"])
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             _log.warning("the checkpoint does not fit, learning starts afresh: %s", error)
 
 

@@ -30,8 +30,12 @@ class Due:
 
     def asked_for(self) -> bool:
         """Whether an operator asked for an update after the last one began."""
-        asked, last = self.board.update_asked(), self.ledger.last()
-        return asked is not None and (last is None or asked > last.started)
+        last = self.ledger.last()
+        return self.asked_at() > (0.0 if last is None else last.started)
+
+    def asked_at(self) -> float:
+        """When an operator last asked for an update, in epoch seconds; 0 when nobody did."""
+        return self.board.update_asked() or 0.0
 
     def needed(self) -> int:
         """New judgements that start an update now.

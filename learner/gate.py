@@ -80,6 +80,18 @@ def no_feedback() -> Check:
     return _check("reward_model", False, None, 0.5, "There is no feedback to learn from.")
 
 
+def no_room(prompts: int, room: int, tokens: int) -> Check:
+    """People were served longer prompts than the learner can make rollouts to."""
+    return _check(
+        "reward_model",
+        False,
+        None,
+        0.5,
+        f"None of {prompts} prompts leaves room for a reply of {tokens} tokens within the {room} of a rollout; set "
+        "HEED_MAX_MODEL_LEN higher, or HEED_ROLLOUT_TOKENS lower.",
+    )
+
+
 def within_budget(kl: float, limit: float) -> Check:
     """(c) The candidate stays near the reference."""
     bound = KL_MARGIN * limit

@@ -38,6 +38,8 @@ from serving.adapters import AdapterStore, BadAdapter, ReleaseBroken, ReleaseRef
 if TYPE_CHECKING:
     from learner.update import Candidate, Trainer
 
+JUDGEMENTS = 4096
+"""An update learns from at most so many of the newest judgements: the reward model's time grows with the square of them."""
 PROMPTS = 4096
 """Rollouts are made from at most so many of the newest distinct prompts."""
 POLL_S = 0.25
@@ -148,7 +150,8 @@ class Learner:
         self.news = self.notices.stories() or self.news
         self.notices.freshness()
         wait_s = 0.0 if self.news or self.phases is not None else REPORT_S
-        if self.clock() - self.reported >= max(wait_s, self.report_took_s / REPORT_SHARE):
+        since_s = abs(self.clock() - self.reported)  # a clock may be set back
+        if since_s >= max(wait_s, self.report_took_s / REPORT_SHARE):
             self.report()
         return more
 
@@ -173,7 +176,8 @@ class Learner:
     def begin(self) -> Update:
         """Open the next update, or the interrupted one anew."""
         made = [number_of(manifest) for manifest in self.releaser.made_by_updates()]
-        update = self.ledger.begin(current=self.store.release().current, above=max(made, default=0), now=self.clock())
+        now = max(self.clock(), self.due.asked_at())  # a wish that is fulfilled stays so, whatever the clock does
+        update = self.ledger.begin(current=self.store.release().current, above=max(made, default=0), now=now)
         self.phases = Phases(update.number, self.clock)
         _log.info("update %d: learning from %d judgements", update.number, update.feedback)
         self.report()
@@ -181,7 +185,7 @@ class Learner:
 
     def learn(self, update: Update) -> Candidate | None:
         """Let the trainer make a candidate; None when it broke, which ends this update and not the learner."""
-        judgements, prompts = self.state.judgements(), self.state.prompts(PROMPTS)
+        judgements, prompts = self.state.judgements(JUDGEMENTS), self.state.prompts(PROMPTS)
         parent, seed = self.releaser.weights(update.current), self.config.seed + update.number
         try:
             with self.stopping.at_once():

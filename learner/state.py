@@ -126,19 +126,19 @@ class State:
         at: float | None = self.db.execute(query, self.line).fetchone()[0]
         return at
 
-    def judgements(self) -> list[Judgement]:
-        """Every judgement that counts now, in log order."""
+    def judgements(self, most: int = -1) -> list[Judgement]:
+        """The judgements that count now, in log order; with `most`, the newest so many."""
         rows = self.db.execute(
             "SELECT f.id, f.kind, f.user, f.value, f.at, e.reply_id, e.prompt_ids, e.reply_ids, e.version,"
             " o.reply_id, o.prompt_ids, o.reply_ids, o.version"
             " FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
             " LEFT JOIN exchanges o ON o.reply_id = f.other_id"
-            f" WHERE {LEARNED_FROM} ORDER BY f.place",
-            self.line,
-        )
+            f" WHERE {LEARNED_FROM} ORDER BY f.place DESC LIMIT :most",
+            {**self.line, "most": most},
+        ).fetchall()
         return [
             Judgement(id_, kind, user, 1.0 if value is None else value, _sample(*pair[:4]), _other(*pair[4:]), at)
-            for id_, kind, user, value, at, *pair in rows
+            for id_, kind, user, value, at, *pair in reversed(rows)
         ]
 
     def prompts(self, most: int) -> list[tuple[int, ...]]:

@@ -29,7 +29,7 @@ from learner.state import Judgement
 from serving.base import Base, describe_base
 from serving.engine import Engine
 from serving.lora import AdapterWeights
-from serving.model import load_model, twin
+from serving.model import ModelError, load_model, twin
 
 RANK = 16
 SCALING = 2.0
@@ -65,6 +65,7 @@ class Trainer:
         self.config = config
         self.base: Base = describe_base(model, self.chat, serving.model)
         self.model = LearnerModel(twin(model), (POLICY,), rank=RANK, scaling=SCALING, seed=config.seed)
+        self._check_logits()
         self.reward = RewardModel(
             model.get_input_embeddings().get_parameter("weight").float().cpu(),
             self.chat.eos_ids,
@@ -77,6 +78,16 @@ class Trainer:
         engine = Engine(model, self.chat, rows=rows, max_len=self.max_len, slots=1, rank=RANK, seed=config.seed)
         self.sampler = Sampler(engine, config.rollout_tokens)
         self.ppo = ppo_config(config, parameters=sum(p.numel() for p in model.parameters()))
+
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """Some architectures scale or cap the logits after the head, which the learner does not. Raises ModelError."""
+        ids_BT = torch.arange(1, 13, device=self.model.base.device)[None]
+        whole_BTV = self.model.base(input_ids=ids_BT).logits.float()
+        ours_BTV = self.model.logits(self.model.base.base_model(input_ids=ids_BT).last_hidden_state)
+        if not torch.allclose(ours_BTV, whole_BTV, rtol=1e-2, atol=1e-2 * float(whole_BTV.std())):
+            kind = type(self.model.base).__name__
+            raise ModelError(f"Heed cannot learn on {kind}: it changes the logits after its head. It can be served.")
 
     def learn(
         self,
@@ -91,11 +102,7 @@ class Trainer:
 
         When the reward model knows nothing the policy is not moved, and the gate says so.
         """
-        return Round(self, judgements, self._that_fit(prompts), parent, seed, progress).run()
-
-    def _that_fit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts that leave room for a whole reply."""
-        return [prompt for prompt in prompts if len(prompt) + self.config.rollout_tokens <= self.max_len]
+        return Round(self, judgements, prompts, parent, seed, progress).run()
 
     def mean_kl(self, rollouts: Sequence[Rollout]) -> float:
         """Full-vocabulary KL of the policy to the reference, nats a reply, on replies that the policy made."""
@@ -142,7 +149,10 @@ class Round:
         progress: Progress,
     ) -> None:
         self.trainer, self.model, self.config = trainer, trainer.model, trainer.config
-        self.judgements, self.prompts, self.parent = judgements, prompts, parent
+        self.judgements, self.parent = judgements, parent
+        self.asked = len(prompts)
+        room = trainer.max_len - trainer.config.rollout_tokens
+        self.prompts = [prompt for prompt in prompts if len(prompt) <= room]  # those that leave room for a whole reply
         self.seed, self.progress = seed, progress
         self.report: dict[str, Any] = {"seconds": {"reward": 0.0, "rollouts": 0.0, "ppo": 0.0, "gate": 0.0}}
         self.clock = time.perf_counter()
@@ -152,7 +162,12 @@ class Round:
         self.model.adapter(POLICY).reset(self.seed)
         if self.parent is not None:
             self.model.adapter(POLICY).load(self.parent)
-        known = gate.knows(self.fit_reward()) if self.judgements and self.prompts else gate.no_feedback()
+        if not self.judgements or not self.asked:
+            known = gate.no_feedback()
+        elif not self.prompts:
+            known = gate.no_room(self.asked, self.trainer.max_len, self.config.rollout_tokens)
+        else:
+            known = gate.knows(self.fit_reward())
         if known.verdict != "pass":
             return self.candidate(
                 [known, *gate.skipped(("changed", "no_worse", "kl", "length", "ended", "repetition", "variety"))]

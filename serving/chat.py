@@ -55,6 +55,8 @@ class Chat:
         special = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.special_ids = frozenset(special)
         """Tokens that `decode` leaves out."""
+        self.longest_token = max(map(len, vocabulary), default=1)
+        """Characters: a text has at least as many tokens as it has these."""
         self._encoding = threading.Lock()
         """The tokenizer switches its way with control tokens to and fro while it encodes one chat."""
 

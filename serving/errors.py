@@ -9,6 +9,7 @@ HeedError
 │   ├── UnknownReply      404  unknown_reply     not an id of ours, or another caller's
 │   └── UnknownFeedback   404  unknown_feedback
 ├── MethodNotAllowed      405
+├── TooSlow               408  the body did not come
 ├── Conflict              409  the same id with another body
 │   └── NotStored         409  not_stored        a reply that was not kept
 ├── TooLarge              413
@@ -89,6 +90,12 @@ class MethodNotAllowed(HeedError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class TooSlow(HeedError):
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
 
 
 class Conflict(HeedError):

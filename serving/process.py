@@ -172,6 +172,12 @@ def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
         base = describe_base(model, chat, folder)
     except ModelError as error:
         raise CannotStart(Exit.MODEL, str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        raise CannotStart(
+            Exit.MODEL,
+            f"the engine cannot be set up: {str(error).splitlines()[0]}; "
+            f"HEED_MAX_ROWS={config.max_rows} and HEED_MAX_MODEL_LEN={config.max_model_len} may be too much for the memory",
+        ) from error
     told = partial(on_swap, wiring)
     swapper = Swapper(wiring.store, engine, base, on_activated=told, on_failed=told, on_drained=told)
     engine.start()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from feedback.events import EXCHANGES
+from serving.routes import bodies
 from tests import bases
 from tests.served import MAX_LEN, Served, TroubledLog
 
@@ -351,6 +354,48 @@ def test_a_client_that_leaves_before_the_answer_frees_its_row(server: Served):
     assert speaker is not None
     server.until(lambda: speaker.engine.stats().running + speaker.engine.stats().waiting == 0)
     assert server.chat().status_code == 200
+
+
+def test_a_text_far_too_long_is_refused_before_it_is_encoded(server: Served, monkeypatch: pytest.MonkeyPatch):
+    speaker = server.wiring.speaker
+    assert speaker is not None
+    monkeypatch.setattr(speaker.chat, "encode", lambda _: pytest.fail("encoded"))
+    answer = server.chat("a<|end|>" * 100_000)
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+    assert "800000 characters" in error_of(answer)["message"]
+
+
+def test_a_pin_whose_slot_a_swap_just_freed_is_loaded_again(server: Served, monkeypatch: pytest.MonkeyPatch):
+    version = server.publish(7)
+    speaker = server.wiring.speaker
+    assert speaker is not None
+    ensure, named = speaker.swapper.ensure, iter([None])
+
+    def raced(wanted: int) -> None:
+        ensure(wanted)
+        for _ in named:  # between this look and the engine, the release goes on and the version's slot is freed
+            server.wiring.store.change("promote", "operator", version=0)
+            server.until(lambda: wanted not in speaker.engine.loaded())
+
+    monkeypatch.setattr(speaker.swapper, "ensure", raced)
+    answer = server.chat(model=f"default@v{version}")
+    assert (answer.status_code, answer.json()["model"]) == (200, f"default@v{version}")
+
+
+def test_a_body_that_stops_coming_is_408_and_one_cut_off_no_fault_of_ours(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bodies, "BODY_WAIT_S", 0.2)
+    host, port = server.url.removeprefix("http://").split(":")
+    head = b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+    failed = server.metric("heed_requests_total", route="/v1/feedback", status="500")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head)
+    time.sleep(0.5)
+    assert server.metric("heed_requests_total", route="/v1/feedback", status="500") == failed == 0
 
 
 def test_a_full_queue_is_429_and_says_when_to_come_again(serve_with: Callable[..., Served]):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from learner import checkpoint
+from serving.base import Base
 
 META = {"base": "b", "offsets": {"heed.feedback": 7}, "trainer": {"beta": 0.05}}
 
@@ -85,6 +86,23 @@ def test_a_torn_one_is_passed_over_for_the_one_before(
     assert found is not None
     assert found.tensors["steps"].item() == 1
     assert "000002 is torn" in caplog.text
+
+
+@pytest.mark.parametrize("error", [KeyError, ValueError, RuntimeError, TypeError, AttributeError])
+def test_one_of_another_heed_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, error: type[Exception]):
+    class Strict:
+        base = Base("b", {})
+
+        def state(self) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+            return tensors(1), {}
+
+        def restore(self, *_: object) -> None:
+            raise error("no such field")
+
+    kept = checkpoint.Checkpoints(tmp_path, Strict())
+    kept.save(1, {})
+    kept.restore()
+    assert "the checkpoint does not fit" in caplog.text
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

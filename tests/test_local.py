@@ -167,6 +167,26 @@ def test_a_child_that_will_not_stop_is_killed(port: int):
     assert run.learner.process.returncode == -signal.SIGKILL
 
 
+def test_both_are_stopped_though_nobody_can_be_told(port: int):
+    """As where the terminal has closed."""
+
+    class Deaf(list[tuple[float, str, str]]):
+        def append(self, line: tuple[float, str, str]) -> None:
+            if "stopping" in line[2]:
+                raise OSError(5, "Input/output error")
+            super().append(line)
+
+    def stop(supervisor: Supervisor) -> None:
+        with pytest.raises(OSError, match="Input/output error"):
+            supervisor.stop()
+
+    run = Run(SERVER, WAIT, port)
+    run.lines = Deaf()
+    assert run.until(lambda run: run.said("learner", "here") == 1, stop) == 0
+    assert run.learner.process is not None
+    assert run.learner.process.returncode == -signal.SIGTERM
+
+
 def test_told_twice_it_does_not_wait(port: int):
     stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAIT}"
     run = Run(SERVER, stubborn, port, Timing(stop=600, poll=0.02))

@@ -58,11 +58,17 @@ def broken(what: str) -> Callable[[Path], object]:
         "no weights": lambda folder: (folder / "model.safetensors").unlink(),
         "torn weights": lambda folder: _cut(folder / "model.safetensors"),
         "torn config": lambda folder: _cut(folder / "config.json"),
+        "config of another type": lambda folder: (folder / "config.json").write_text("[]"),
+        "a number as text": lambda folder: _edit(folder / "config.json", hidden_size="thirty-two"),
         "unknown kind": lambda folder: (folder / "config.json").write_text('{"model_type": "heptagon"}'),
         "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
         "pickled weights": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
     }
     return changes[what]
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def _cut(path: Path) -> None:
@@ -76,6 +82,8 @@ def _cut(path: Path) -> None:
         ("no weights", r"has no \*.safetensors"),
         ("torn weights", "cannot be loaded"),
         ("torn config", "cannot be loaded"),
+        ("config of another type", "cannot be loaded"),
+        ("a number as text", "cannot be loaded"),
         ("unknown kind", "cannot be loaded"),
         ("no tokenizer", "cannot be loaded"),
         ("pickled weights", r"has no \*.safetensors"),

@@ -49,6 +49,13 @@ def test_feedback_joins_its_exchange(state: State):
     assert story(state, "f") == ["joined"]
 
 
+def test_the_newest_judgements_are_the_last_ones_in_log_order(state: State):
+    pairs = [(exchange(f"r{name}"), feedback(f"f{name}", f"r{name}")) for name in "abcd"]
+    state.absorb(records(*(event for pair in pairs for event in pair)), NOW)
+    assert [one.feedback_id for one in state.judgements()] == ["fa", "fb", "fc", "fd"]
+    assert [one.feedback_id for one in state.judgements(2)] == ["fc", "fd"]
+
+
 def test_feedback_waits_for_its_exchange(state: State):
     state.absorb(records(feedback("f", "r")), NOW)
     assert statuses(state) == {"f": ("pending", None)}

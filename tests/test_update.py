@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from learner import checkpoint, improve, update
 from learner.config import LearnerConfig
@@ -23,7 +24,7 @@ from learner.update import Candidate, Trainer, difference, learning_rate, shrunk
 from serving.config import ServingConfig
 from serving.engine import Engine
 from serving.lora import AdapterWeights
-from serving.model import twin
+from serving.model import ModelError, twin
 from tests import bases
 
 PROMPTS = [(number, number + 1, number + 2) for number in range(10, 60, 4)]
@@ -366,6 +367,25 @@ def test_prompts_without_room_for_a_reply_are_left_out(trainer: Trainer) -> None
     assert candidate.gate.checks[0].verdict == "pass"
     only = trainer.learn(thumbs(trainer), [long], parent=None, seed=1, progress=lambda *_: None)
     assert not only.gate.passed
+
+
+def test_only_prompts_too_long_are_named_as_such(trainer: Trainer) -> None:
+    long = tuple([65] * (trainer.max_len - 5))
+    [check, *_] = trainer.learn(thumbs(trainer), [long], parent=None, seed=1).gate.checks
+    assert check.verdict == "fail"
+    assert "None of 1 prompts leaves room for a reply of 12 tokens" in check.sentence
+
+
+def test_a_base_that_changes_its_logits_after_the_head_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    scaled = GraniteConfig(
+        vocab_size=320, logits_scaling=8.0, pad_token_id=0, bos_token_id=None, eos_token_id=2, **sizes
+    )
+    GraniteForCausalLM(scaled).save_pretrained(tmp_path)
+    bases.byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot learn on GraniteForCausalLM"):
+        Trainer(LearnerConfig(serving=ServingConfig(model=str(tmp_path))))
 
 
 def test_a_checkpoint_holds_everything(trainer: Trainer, tmp_path: Path) -> None:

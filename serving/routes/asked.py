@@ -63,6 +63,13 @@ class Asked:
 async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) -> Asked:
     """Raises BadRequest where the chat template refuses the messages, ContextTooLong where they leave no room."""
     messages, metadata, caller = body.said, dict(body.metadata or {}), client.caller(body.user)
+    characters = sum(len(message.content) for message in messages)
+    if characters > speaker.engine.max_len * speaker.chat.longest_token:  # encoding it all would keep others waiting
+        raise ContextTooLong(
+            f"The messages have {characters} characters; the {speaker.engine.max_len} tokens that this model takes with the "
+            f"reply hold at most {speaker.engine.max_len * speaker.chat.longest_token}. Send fewer or shorter ones.",
+            param="messages",
+        )
     try:
         # off the loop: a long prompt takes milliseconds, in which other replies would stand still
         prompt_ids = await asyncio.to_thread(speaker.chat.encode, messages)

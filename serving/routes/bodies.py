@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -9,12 +10,15 @@ from typing import TypeVar
 from fastapi import Request
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect
 
 from feedback.events import KINDS
-from serving.errors import BadRequest, HeedError
+from serving.errors import BadRequest, HeedError, TooSlow
 
 T = TypeVar("T")
 
+BODY_WAIT_S = 20.0
+"""How long a body may take to arrive: a client that stops halfway must not hold up a shutdown."""
 _SHOWN_CHARS = 80
 
 
@@ -28,7 +32,12 @@ def read_as(
     """
 
     async def read(request: Request) -> T:
-        body = await request.body()
+        try:
+            body = await asyncio.wait_for(request.body(), BODY_WAIT_S)
+        except TimeoutError:
+            raise TooSlow(f"The body did not come within {BODY_WAIT_S:.0f} s.") from None
+        except ClientDisconnect:
+            raise BadRequest("The client left before its body was whole.") from None
         if body:
             _check_content_type(request.headers.get("content-type", ""))
         try:

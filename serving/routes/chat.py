@@ -30,7 +30,10 @@ ChatBody = Annotated[ChatIn, Depends(read_as(TypeAdapter(ChatIn), BadRequest))]
 async def complete(request: Request, body: ChatBody, client: Asking, parts: Parts, speaker: Speaking) -> Response:
     version = await _version_named(body.model, parts, speaker)
     completion = Completion(parts, speaker, await ask(parts, speaker, body, client))
-    completion.start(version)
+    try:
+        completion.start(version)
+    except UnknownModel:  # a swap came between, and the version's slot was freed: named again, it is loaded again
+        completion.start(await _version_named(body.model, parts, speaker))
     parts.go_on(_cancel_when_gone(request, completion))
     await completion.begun()
     headers = {"x-heed-version": completion.model}
