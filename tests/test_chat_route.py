@@ -28,7 +28,10 @@ def stream(server: Served, **more: Any) -> tuple[httpx.Headers, list[dict[str, A
     body = {"model": "default", "messages": HELLO, "max_tokens": 6, "stream": True, **more}
     with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
         assert answer.status_code == 200, answer.read()
-        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        text = (
+            answer.read().decode()
+        )  # httpx's iter_lines also ends lines at U+2028 and the like, which an event stream does not
+    lines = [line.removeprefix("data: ") for line in text.split("\n") if line]
     assert lines[-1] == "[DONE]"
     return answer.headers, [json.loads(line) for line in lines[:-1]]
 

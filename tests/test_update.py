@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from learner import checkpoint, improve, update
+from learner import checkpoint, gate, improve, update
 from learner.config import LearnerConfig
 from learner.improve import POLICY, Improver, PolicyReport, PPOConfig, best, blend, idle
 from learner.model import LearnerModel, Tokens
@@ -345,6 +345,7 @@ def test_what_is_worth_less_than_its_parent_does_not_ship(trainer: Trainer, monk
     parent = learn(trainer, thumbs(trainer)).weights
     monkeypatch.setattr(trainer, "ppo", dataclasses.replace(trainer.ppo, batches=1, lr=1e-6))
     monkeypatch.setattr(update, "START_SHARE", 0.0)
+    monkeypatch.setattr(gate, "WORSE", 0.0)  # so few replies are hardly ever surely worse
     monkeypatch.setattr(improve, "best", lambda batches, _: len(batches) - 1)
     candidate = learn(trainer, thumbs(trainer), parent)
     checks = {check.name: check for check in candidate.gate.checks}
