@@ -261,7 +261,12 @@ def test_a_version_that_arrives_is_announced_and_speaks(page: Page):
 
 def test_the_strip_shows_what_the_learner_reports(page: Page):
     report = {
-        "feedback": {"by_kind": {"thumb": 1200, "rating": 34}, "dropped": {"no_exchange": 5}},
+        "feedback": {
+            "by_kind": {"thumb": 1205, "rating": 34},
+            "by_status": {"joined": 1200, "pending": 34, "dropped": 5},
+            "new": 7,
+            "dropped": {"no_exchange": 5},
+        },
         "liked": {
             "v0": {"share": 0.31, "count": 100},
             "v10": {"share": 0.9, "count": 8},

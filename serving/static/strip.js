@@ -46,10 +46,8 @@ function shipping({ candidate, paused }) {
 
 /** All feedback, whatever the kind; what was dropped is not counted. */
 function counted(feedback) {
-  if (typeof feedback === "number") return feedback;
-  if (feedback === null || typeof feedback !== "object") return 0;
-  const kinds = Object.entries(feedback).filter(([name]) => name !== "dropped");
-  return kinds.reduce((sum, [, value]) => sum + counted(value), 0);
+  const fates = Object.entries(feedback?.by_status ?? {}).filter(([fate]) => fate !== "dropped");
+  return fates.reduce((sum, [, count]) => sum + count, 0);
 }
 
 function showLiked(liked, speaking) {
