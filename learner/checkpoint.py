@@ -64,7 +64,7 @@ class Checkpoints:
     def save(self, number: int, offsets: Mapping[str, int]) -> None:
         """Keep what an update left in the trainer, with the offsets it had read up to. Raises OSError.
 
-        To be looked at, and to score replies by before the next update: that one learns anew from all judgements.
+        To be looked at: the next update learns anew from all judgements.
         """
         tensors, meta = self.trainer.state()
         label = {"base": self.trainer.base.fingerprint, "offsets": dict(offsets), "trainer": meta}

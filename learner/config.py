@@ -10,7 +10,7 @@ from feedback.config import Settings
 from serving.config import ServingConfig
 
 FEW = 20
-"""New judgements that start an update once `update_interval_s` has passed, where the minimum is not lower still."""
+"""New judgements that are enough in the cases of `LearnerConfig.few`, where the minimum is not lower still."""
 
 
 class LearnerConfig(Settings):

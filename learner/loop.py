@@ -131,8 +131,10 @@ class Learner:
         candidate = self.learn(update)
         if candidate is None:
             return self.fail(update)
-        with contextlib.suppress(OSError):  # nothing leans on it; a full disk is met again where it matters
+        try:
             self.checkpoints.save(update.number, dict(update.offsets))
+        except OSError as error:  # nothing leans on it: no reason to train all over again
+            _log.warning("update %d: no checkpoint is kept: %s", update.number, error)
         if not candidate.gate.passed:
             return self.refuse(update, candidate)
         update = self.publish(update, candidate)
