@@ -58,11 +58,14 @@ class SamplingUsed(BaseModel):
     max_tokens: int
     seed: int | None
     stop: tuple[str, ...]
+    bias: tuple[tuple[int, float], ...] = ()
+    """Token ids with what was added to their logits."""
 
     @property
     def full_support(self) -> bool:
         """True when every token could have been sampled, so that the reply may serve as experience."""
-        return self.temperature > 0 and self.top_p >= 1 and self.top_k == 0 and self.min_p == 0
+        whole = self.top_p >= 1 and self.top_k == 0 and self.min_p == 0
+        return self.temperature > 0 and whole and not self.bias
 
 
 class ExchangeContent(BaseModel):

@@ -88,13 +88,15 @@ def on_swap(wiring: Wiring, report: SwapReport) -> None:
 def _now(wiring: Wiring) -> Now:
     """What a scrape sees."""
     if wiring.speaker is None:
-        return Now(ready=False, running=0, waiting=0, kv_usage=0.0, loaded={})
+        return Now(ready=False, running=0, waiting=0, prompt_tokens=0, prefix_tokens=0, kv_usage=0.0, loaded={})
     engine, release = wiring.speaker.engine, wiring.release()
     stats = engine.stats()
     return Now(
         ready=wiring.ready,
         running=stats.running,
         waiting=stats.waiting,
+        prompt_tokens=stats.prompt_tokens,
+        prefix_tokens=stats.prefix_tokens,
         kv_usage=stats.kv_used / stats.kv_capacity,
         loaded={version: role_of(version, release) for version in engine.loaded()},
     )

@@ -1,6 +1,7 @@
 """The running replies and their rows: those that decode come first, then those whose prompt is still being read.
 
-Rows stay packed: whoever leaves is replaced by the last of its part, so that a forward always covers a slice.
+Rows stay packed: whoever leaves is replaced by the last of its part, so that a forward always covers a slice. What a
+row has read is remembered (serving/prefix.py), so that the next prompt that begins alike reads only the rest.
 """
 
 from __future__ import annotations
@@ -8,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from serving.kv import KeyValueRows
+from serving.prefix import PrefixCache
 from serving.reply import Reply
 
 
 class Batch:
     """Reply i of `replies` owns key/value row i. Of replies with the same prompt and version one reads it for all."""
 
-    def __init__(self, kv: KeyValueRows) -> None:
+    def __init__(self, kv: KeyValueRows, prefixes: PrefixCache) -> None:
         self.replies: list[Reply] = []
         self.decoding = 0
         """The first so many replies have read their prompt."""
-        self._kv = kv
+        self.found = 0
+        """Prompt ids, in all, whose keys and values were remembered."""
+        self._kv, self._prefixes = kv, prefixes
         self._followers = 0
 
     def __len__(self) -> int:
@@ -60,6 +64,8 @@ class Batch:
                 return
         reply.row = len(self.replies)
         self.replies.append(reply)
+        reply.prefilled = self._prefixes.fill(reply.row, reply.uid, reply.prompt_ids)
+        self.found += reply.prefilled
 
     def start_decoding(self, reply: Reply) -> list[Reply]:
         """The reply's prompt is read: it and its followers decode from now on. Returns them all."""
@@ -74,6 +80,10 @@ class Batch:
             self.decoding += 1
         return [reply, *followers]
 
+    def remember(self, reply: Reply) -> None:
+        """Let later prompts that begin as the reply's row does find what it has read."""
+        self._prefixes.keep(reply.row, reply.uid, reply.read_ids)
+
     def leave(self, reply: Reply, *, dirty: bool = False) -> None:
         """Free the reply's row. `dirty`: it may hold anything at any position."""
         if reply.row < 0:
@@ -84,6 +94,8 @@ class Batch:
             self._hand_over(reply)
         else:
             hole = reply.row
+            if not dirty:
+                self.remember(reply)
             self._kv.wipe(hole, self._kv.length if dirty else reply.used)
             if hole < self.decoding:
                 self.decoding -= 1

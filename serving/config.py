@@ -38,6 +38,13 @@ class ServingConfig(Settings):
     max_waiting: int = Field(
         256, ge=1, le=1_000_000, description="requests that may wait for a row; one more is refused with 429"
     )
+    prefix_tokens: int = Field(
+        16_384,
+        ge=0,
+        le=100_000_000,
+        description="tokens of earlier prompts and replies whose keys and values are remembered, so that the next turn "
+        "of a conversation reads only what is new; 0: none",
+    )
     request_timeout_s: float = Field(
         300.0, gt=0, le=86_400, description="how long a chat may take, waiting included, before it is cut off, seconds"
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from serving.commands import Commands
 from serving.forward import Forward
 from serving.lora import AdapterWeights, Slots, target_modules
 from serving.model import ModelError, fingerprint, load_model, twin
+from serving.prefix import PrefixCache
 from serving.queueing import QueueFull
 from serving.reply import Reply
 from serving.sampling import RowSampling, Sampling, sample
@@ -63,6 +65,9 @@ PROMPT_TOKENS_A_STEP = 512
 PROMPT_TOKENS_A_STEP_UNHEARD = 2048
 """The same while nobody listens token by token."""
 
+WARMED = 8
+"""Beginnings of prompts that a version reads before it becomes the current one, at most."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -83,6 +88,8 @@ class EngineStats:
     steps: int
     prompt_tokens: int
     """Prompt tokens read; a prompt that several replies share is read once."""
+    prefix_tokens: int
+    """Prompt tokens that did not have to be read, because an earlier prompt or reply began alike."""
     reply_tokens: int
     ended: dict[str, int]
     """Replies by the reason they ended with."""
@@ -103,20 +110,26 @@ class Engine:
         max_waiting: int = 256,
         targets: Collection[str] | None = None,
         seed: int | None = None,
+        packed: bool = False,
+        prefix_tokens: int = 0,
     ) -> None:
         """`rows` replies at once of up to `max_len` ids, prompt included; `slots` adapters of up to `rank` beside them.
 
         `targets`: modules that may carry an adapter, by default all linear layers but the head. `seed` makes the
-        replies to requests without a seed repeatable. Raises ModelError for an architecture that cannot be served.
+        replies to requests without a seed repeatable. `packed`: lay the weights of all linear layers out for fast
+        products, which takes as much memory again. `prefix_tokens`: how many to remember of earlier prompts and replies.
+        Raises ModelError for an architecture that cannot be served.
         """
         self.model, self.chat = model, chat
         self.rows, self.max_len, self.max_waiting = rows, max_len, max_waiting
-        self._slots = Slots(model, target_modules(model) if targets is None else targets, slots, rank)
+        targets = target_modules(model) if targets is None else targets
+        self._slots = Slots(model, targets, slots, rank, packed=packed)
         self._forward = Forward(model, self._slots, rows, max_len)
         with torch.inference_mode():
             self._forward.check()
         self._versions = Versions(slots)
-        self._scheduler = Scheduler(self._forward.kv, chat, self._versions, max_waiting, seed)
+        self._prefixes = PrefixCache(self._forward.kv, prefix_tokens)
+        self._scheduler = Scheduler(self._forward.kv, self._prefixes, chat, self._versions, max_waiting, seed)
         self._batch = self._scheduler.batch
         self._sampling: RowSampling | None = None
         """Of the replies that decode; None once these have changed."""
@@ -198,6 +211,9 @@ class Engine:
             if first:
                 self._sampling = None
                 self._sample(first, logits_BV[chosen], _row_sampling(first, logits_BV.device))
+                for reply in first:
+                    if reply.row >= 0:  # else it has ended, and what it read was remembered unless that was not finite
+                        self._batch.remember(reply)
 
     def _decode(self) -> None:
         """One more token for every reply whose prompt is read; while nobody listens, only once all prompts are."""
@@ -325,6 +341,19 @@ class Engine:
 
         self._between_steps(flip, timeout)
 
+    def warm(self, version: int, timeout: float = 5.0) -> None:
+        """Let a loaded version read what prompts to the current one most often begin with, as far as the time allows.
+
+        Raises UnknownVersion.
+        """
+        hottest: list[tuple[int, ...]] = []
+        uid = self._versions.uid_of(self.current)
+        self._between_steps(lambda: hottest.extend(self._prefixes.hottest(uid, WARMED)), timeout)
+        until = time.monotonic() + timeout
+        for ids in hottest:
+            request = Request(ids[: self.max_len - 1], Sampling(max_tokens=1), version, deadline=until)
+            self._submit(request, None, tokens=False, bounded=False).result()
+
     def retire(self, version: int) -> None:
         """Free the version's slot once its last reply has ended; new requests for it are refused.
 
@@ -339,6 +368,7 @@ class Engine:
         try:
             self._slots.write(slot, weights)
             self._probe(version, slot)
+            self._versions.changed(version)
         except BaseException:
             self._slots.clear(slot)
             with self._scheduler.lock:
@@ -384,6 +414,7 @@ class Engine:
             kv_capacity=self.rows * self.max_len,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
+            prefix_tokens=self._batch.found,
             reply_tokens=self._reply_tokens,
             ended=dict(self._ended),
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from serving.decoder import Decoder
 from serving.kv import KeyValueRows, layer_shapes
 from serving.lora import BASE, Slots
 from serving.model import ModelError
@@ -28,6 +29,10 @@ class Forward:
         windows = [s.window if s.window is not None and s.window < max_len else None for s in shapes]
         self._windows = dict(zip(_mask_names(model, windows), windows, strict=True))
         self._column_K = torch.arange(max_len, device=model.device)
+        try:
+            self._decoder: Decoder | None = Decoder(model, slots, self.kv)
+        except ValueError:  # a model of another build: its own forward does it
+            self._decoder = None
 
     def run(self, first: int, ids: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int]) -> Tensor:
         """Logits after the last id of each row; logits_BV.
@@ -49,11 +54,14 @@ class Forward:
             position_BT = position_BT.masked_fill(is_padding_BT, 0)
             place_BT = position_BT.masked_fill(is_padding_BT, self.kv.length)
         self.kv.aim(first, place_BT, read)
+        mask = self._mask(position_BT, read)
         with self.slots.chosen(slots, width):
+            if self._decoder is not None and isinstance(mask, Tensor):
+                return self._decoder(ids_BT, position_BT, mask)
             output = self.model(
                 input_ids=ids_BT,
                 position_ids=position_BT,
-                attention_mask=self._mask(position_BT, read),
+                attention_mask=mask,
                 past_key_values=self.kv,
                 use_cache=True,
                 logits_to_keep=1,

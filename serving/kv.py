@@ -7,6 +7,7 @@ masked (0 · NaN is NaN).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,10 @@ class KeyValueRows(Cache):
                 flat[heads] = flat_BHT.flatten()
             layer.aim(slice(first, first + count), flat[heads], read)
 
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [B, heads, T, dim] of a layer where `aim` points; what attention sees there."""
+        return self._layers[layer].update(keys, values)
+
     def copy(self, source: int, target: int, used: int) -> None:
         """Copy the first `used` positions of a row over a free row."""
         self._zero_up_to(used)
@@ -113,6 +118,26 @@ class KeyValueRows(Cache):
         """Zero the first `used` positions of a row."""
         for block in self._blocks:
             block[:, row, :, :used].zero_()
+
+    def blocks(self, count: int, size: int) -> list[Tensor]:
+        """Memory for `count` blocks of `size` positions: for each kind of layer, [layers · 2, count, heads, size, dim]."""
+        return [
+            block.new_empty((block.shape[0], count, block.shape[2], size, block.shape[4])) for block in self._blocks
+        ]
+
+    def put_blocks(self, row: int, memory: Sequence[Tensor], places: Sequence[int]) -> None:
+        """Copy blocks, one after another, into a row from its beginning."""
+        self._zero_up_to(len(places) * memory[0].shape[3])
+        for block, held in zip(self._blocks, memory, strict=True):
+            found = held[:, places].transpose(1, 2)  # [layers · 2, heads, blocks, size, dim]
+            block[:, row, :, : len(places) * held.shape[3]] = found.flatten(2, 3)
+
+    def take_blocks(self, row: int, start: int, memory: Sequence[Tensor], places: Sequence[int]) -> None:
+        """Copy what a row holds from position `start` on into these blocks."""
+        for block, held in zip(self._blocks, memory, strict=True):
+            size = held.shape[3]
+            piece = block[:, row, :, start : start + len(places) * size]
+            held[:, places] = piece.unflatten(2, (len(places), size)).transpose(1, 2)
 
     def _zero_up_to(self, read: int) -> None:
         if read > self._zeroed:

@@ -1,8 +1,11 @@
 """Adapter slots on an unmodified Hugging Face model: several LoRA adapters stay loaded, each row of a batch picks one.
 
-Beside each target linear lie stacked `A[S, rank, in]` and `B[S, out, rank]` for S slots. A forward adds B·A·x for the
-rows of a slot and touches no other row: nothing that one adapter holds, not even NaN, can reach a neighbour. Rows on
-the base cost nothing.
+Beside the target linears lie stacked `A[in, S, R]` and `B[S, R, out]` for S slots; those that read the same input (q, k
+and v; gate and up) share one A and one B, so that they cost as much as one. A forward multiplies the slots in use with
+every row, and puts zero where a row uses another slot: `masked_fill`, since 0 · NaN is NaN, and adapters must be finite.
+So nothing that one adapter makes can reach a neighbour. While no slot is in use, adapters cost nothing.
+
+Axes: N tokens of all rows of a forward, I inputs and O outputs of a layer, S slots, R ranks of all layers that share.
 """
 
 from __future__ import annotations
@@ -17,11 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from serving.products import Product, out_in, siblings
+
 BASE = -1
 """The slot index of rows that use no adapter."""
-
-Rows = slice | Tensor
-"""Which rows of a batch a slot applies to: a slice where they lie together (a view), else their indices."""
 
 
 @dataclass(frozen=True)
@@ -53,142 +55,221 @@ def _is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | Conv1D]:
 class Slots:
     """S adapters beside each target module of one model. Not thread-safe: one forward at a time."""
 
-    def __init__(self, model: PreTrainedModel, targets: Collection[str], count: int = 4, rank: int = 16) -> None:
-        """Wrap the forward of each target module. Raises ValueError for a target that is no linear layer."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: Collection[str],
+        count: int = 4,
+        rank: int = 16,
+        *,
+        packed: bool = False,
+    ) -> None:
+        """Wrap the forward of each target module. Raises ValueError for a target that is no linear layer.
+
+        `packed`: put layers that read the same input into one product, and lay the weights of all linear layers out for
+        the processor. That is a copy of them; without it the model's own weights are used as they lie.
+        """
         self.count, self.rank = count, rank
-        self._device = model.device
-        self._selection = _Selection()
-        self._sites: dict[str, _Site] = {}
+        self._selection = _Selection(count, model.device)
         modules = dict(model.named_modules())
         for path in targets:
-            module = modules.get(path)
-            if not _is_linear(module):
+            if not _is_linear(modules.get(path)):
                 allowed = target_modules(model)
                 raise ValueError(f"{path!r} is no linear layer of {type(model).__name__}; allowed: {allowed}")
-            self._sites[path] = _Site(module, count, rank, self._selection)
+        groups = siblings(model, targets) if packed else [[path] for path in targets]
+        self._sites: dict[str, tuple[_Site, int]] = {}
+        for paths in groups:
+            members = [modules[path] for path in paths]
+            site = _Site(members, count, rank, self._selection, packed=packed)
+            self._sites |= {path: (site, i) for i, path in enumerate(paths)}
+        self._all = list(dict.fromkeys(site for site, _ in self._sites.values()))
+        head = model.get_output_embeddings()
+        if packed and _is_linear(head):
+            self._all.append(_Site([head], 0, 0, self._selection, packed=True))
+
+    @property
+    def copied_bytes(self) -> int:
+        """Memory of the weights that were laid out anew."""
+        return sum(site.copied_bytes for site in self._all)
 
     @torch.no_grad()
     def write(self, slot: int, weights: AdapterWeights) -> None:
-        """Copy an adapter into a slot, scaling folded into B, smaller ranks padded with zeros.
+        """Copy an adapter into a slot, in the model's type, scaling folded into B, smaller ranks padded with zeros.
 
-        Raises ValueError for an unknown module, a wrong shape or too large a rank; the slot is then unchanged.
+        Raises ValueError for an unknown module, a wrong shape, too large a rank or what is not finite in the model's
+        type; the slot is then unchanged.
         """
-        for path, (a, b) in weights.tensors.items():
-            self._check(path, a, b)
-        for path, site in self._sites.items():
-            if path in weights.tensors:
-                site.write(slot, *weights.tensors[path], weights.scaling_of(path))
-            else:
-                site.clear(slot)
+        fitting = {path: self._fitting(path, *pair, weights.scaling_of(path)) for path, pair in weights.tensors.items()}
+        for path, (site, member) in self._sites.items():
+            site.clear(slot, member)
+            if path in fitting:
+                site.write(slot, member, *fitting[path])
 
     def clear(self, slot: int) -> None:
         """Make a slot the base again."""
-        for site in self._sites.values():
-            site.clear(slot)
+        for site, member in self._sites.values():
+            site.clear(slot, member)
 
     @contextmanager
     def chosen(self, slot_of_row: Sequence[int], width: int) -> Iterator[None]:
         """Within, each row of a forward uses its slot, BASE for none; `width` is the forward's tokens a row."""
-        selection = self._selection
-        slots = tuple(slot_of_row)
-        if slots != selection.slots:
-            selection.slots = slots
-            selection.cached = [(slot, self._rows_of(slot, slots)) for slot in sorted(set(slots) - {BASE})]
-        selection.parts, selection.width = selection.cached, width
+        self._selection.choose(tuple(slot_of_row), width)
+        self._selection.forwards += 1
+        self._selection.running = True
         try:
             yield
         finally:
-            selection.parts = []
+            self._selection.running = False
+
+    def product(self, paths: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """What these modules make of one input within `chosen`, adapters included, side by side in the last axis.
+
+        Raises ValueError when one of them has no slot.
+        """
+        if missing := [path for path in paths if path not in self._sites]:
+            raise ValueError(f"{missing} have no slots")
+        sites = list(dict.fromkeys(self._sites[path][0] for path in paths))
+        if len(sites) == 1:
+            return sites[0].product
+        return lambda x: torch.cat([site.product(x) for site in sites], -1)
 
     def remove(self) -> None:
         """Give the model its own forwards back."""
-        for site in self._sites.values():
+        for site in self._all:
             site.remove()
         self._sites.clear()
+        self._all.clear()
 
-    def _rows_of(self, slot: int, slots: tuple[int, ...]) -> Rows:
-        rows = [i for i, s in enumerate(slots) if s == slot]
-        if rows[-1] - rows[0] + 1 == len(rows):
-            return slice(rows[0], rows[-1] + 1)
-        return torch.tensor(rows, device=self._device)
-
-    def _check(self, path: str, a: Tensor, b: Tensor) -> None:
-        site = self._sites.get(path)
-        if site is None:
+    def _fitting(self, path: str, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """A and B as the slots hold them, or ValueError."""
+        if path not in self._sites:
             raise ValueError(f"the adapter changes {path!r}, which has no slot; allowed: {sorted(self._sites)}")
-        rank = a.shape[0]
-        if tuple(a.shape) != (rank, site.inputs) or tuple(b.shape) != (site.outputs, rank):
+        site, member = self._sites[path]
+        rank, outputs = a.shape[0], site.outputs[member]
+        if tuple(a.shape) != (rank, site.inputs) or tuple(b.shape) != (outputs, rank):
             shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
-            expected = f"A ({rank}, {site.inputs}) and B ({site.outputs}, {rank})"
+            expected = f"A ({rank}, {site.inputs}) and B ({outputs}, {rank})"
             raise ValueError(f"{path}: {shapes} do not fit; expected {expected}")
         if rank > self.rank:
             raise ValueError(f"{path}: rank {rank} is above the slots' rank; allowed: at most {self.rank}")
+        a, b = a.to(site.dtype), (b * scaling).to(site.dtype)
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{path}: A or B holds numbers that are not finite as {site.dtype}")
+        return a, b
 
 
 class _Selection:
     """Who uses which slot in the forward that runs: shared by all sites, so that choosing costs little."""
 
-    def __init__(self) -> None:
-        self.parts: list[tuple[int, Rows]] = []
-        """Each slot in use with its rows; empty while no forward of the engine runs."""
-        self.width = 0
-        self.slots: tuple[int, ...] = ()
-        self.cached: list[tuple[int, Rows]] = []
-        """The parts that belong to `slots`."""
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.running = False
+        """True while a forward of the engine runs."""
+        self.forwards = 0
+        self.live: tuple[int, int] | None = None
+        """The slots in use lie from the first of these to before the second; None when no row uses one."""
+        self.others_NS1: Tensor | None = None
+        """True where a token does not use a slot of these; None when all use the one."""
+        self.tokens = 0
+        self._slots: tuple[int, ...] = ()
+        self._width = 0
+        self._index_S = torch.arange(count, device=device)
+
+    def choose(self, slots: tuple[int, ...], width: int) -> None:
+        if slots == self._slots and width == self._width:
+            return
+        self._slots, self._width, self.tokens = slots, width, len(slots) * width
+        used = set(slots) - {BASE}
+        self.live, self.others_NS1 = None, None
+        if used:
+            self.live = first, end = min(used), max(used) + 1
+            if len(used) > 1 or BASE in slots:
+                slot_N1 = torch.tensor(slots, device=self._index_S.device).repeat_interleave(width)[:, None]
+                self.others_NS1 = (slot_N1 != self._index_S[first:end])[:, :, None]
 
 
 class _Site:
-    """One target module with its stacked adapters."""
+    """Target modules that read the same input, with their stacked adapters."""
 
-    def __init__(self, module: nn.Linear | Conv1D, count: int, rank: int, selection: _Selection) -> None:
-        if "forward" in vars(module):
+    def __init__(
+        self, modules: Sequence[nn.Linear | Conv1D], count: int, rank: int, selection: _Selection, *, packed: bool
+    ) -> None:
+        if any("forward" in vars(module) for module in modules):
             raise ValueError("this model already carries adapter slots; close their engine first")
-        weight = module.weight
-        self.outputs, self.inputs = weight.shape if isinstance(module, nn.Linear) else weight.T.shape
-        self._a = torch.zeros(count, rank, self.inputs, device=weight.device)
-        self._b = torch.zeros(count, self.outputs, rank, device=weight.device)
-        self._of_slot = [(a.T, b.T) for a, b in zip(self._a, self._b, strict=True)]
-        self._module = module
-        self._selection = selection
-        vars(module)["forward"] = self._wrap(module.forward)  # found before the class's own
+        weights = [out_in(module) for module in modules]
+        self.inputs, self.outputs = weights[0].shape[1], [weight.shape[0] for weight in weights]
+        # on a processor, products this small are fastest in fp32, and exact as well
+        self.dtype = torch.float32 if weights[0].device.type == "cpu" else weights[0].dtype
+        ends = [sum(self.outputs[: i + 1]) for i in range(len(modules))]
+        self._cuts = [slice(end - size, end) for end, size in zip(ends, self.outputs, strict=True)]
+        self._rank, self._selection, self._modules = rank, selection, list(modules)
+        own_forward = modules[0].forward
+        self._base: Callable[[Tensor], Tensor] = Product(modules) if packed else own_forward
+        # R: the ranks of one module after another; B is zero where the rank of one meets the output of another
+        ranks, device = len(modules) * rank, weights[0].device
+        self._a_ISR = torch.zeros(self.inputs, count, ranks, dtype=self.dtype, device=device)
+        self._b_SRO = torch.zeros(count, ranks, ends[-1], dtype=self.dtype, device=device)
+        self._flat: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._x: Tensor | None = None
+        """What was read last, until each module has had its part of the result; in which forward that was."""
+        self._when = 0
+        self._y = torch.empty(0)
+        for member, module in enumerate(modules):
+            vars(module)["forward"] = self._wrap(member, module.forward)  # found before the class's own
 
-    def write(self, slot: int, a: Tensor, b: Tensor, scaling: float) -> None:
-        self.clear(slot)
-        rank = a.shape[0]
-        self._a[slot, :rank].copy_(a)
-        self._b[slot, :, :rank].copy_(b).mul_(scaling)
+    @property
+    def copied_bytes(self) -> int:
+        return self._base.copied_bytes if isinstance(self._base, Product) else 0
 
-    def clear(self, slot: int) -> None:
-        self._a[slot].zero_()
-        self._b[slot].zero_()
+    def write(self, slot: int, member: int, a_RI: Tensor, b_OR: Tensor) -> None:
+        start, rank = member * self._rank, a_RI.shape[0]
+        self._a_ISR[:, slot, start : start + rank] = a_RI.T
+        self._b_SRO[slot, start : start + rank, self._cuts[member]] = b_OR.T
+
+    def clear(self, slot: int, member: int) -> None:
+        ranks = slice(member * self._rank, (member + 1) * self._rank)
+        self._a_ISR[:, slot, ranks] = 0
+        self._b_SRO[slot, ranks] = 0
 
     def remove(self) -> None:
-        del vars(self._module)["forward"]
+        for module in self._modules:
+            del vars(module)["forward"]
 
-    def _wrap(self, base_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        selection = self._selection
+    def _wrap(self, member: int, own_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        selection, last, cut = self._selection, len(self._modules) - 1, self._cuts[member]
 
         def forward(x: Tensor) -> Tensor:
-            y = base_forward(x)
-            if selection.parts:
-                # some models flatten [B, T, in] to [B·T, in] on the way; rows that were picked out cannot be told apart
-                rows, width = len(selection.slots), selection.width
-                x_BTI, y_BTO = x.reshape(rows, width, self.inputs), y.view(rows, width, self.outputs)
-                for slot, part in selection.parts:
-                    _add(y_BTO, x_BTI, *self._of_slot[slot], part)
+            if not selection.running:
+                return own_forward(x)
+            if last == 0:
+                return self.product(x)
+            if x is not self._x or self._when != selection.forwards:
+                self._x, self._y, self._when = x, self.product(x), selection.forwards
+            y = self._y[..., cut]
+            if member == last:
+                self._x, self._y = None, y
             return y
 
         return forward
 
+    def product(self, x: Tensor) -> Tensor:
+        """W·x + B·A·x of all modules, one after another in the last axis."""
+        y, selection = self._base(x), self._selection
+        if selection.live is not None and self._rank:
+            # some models flatten [B, T, in] to [B·T, in] on the way: either way the tokens of a row lie together
+            x_NI, y_NO = x.reshape(-1, self.inputs), y.view(-1, y.shape[-1])
+            a_IR, b_RO = self._of(selection.live)
+            low_NR = x_NI.to(self.dtype) @ a_IR
+            if selection.others_NS1 is not None:
+                low_NR.view(selection.tokens, -1, self._b_SRO.shape[1]).masked_fill_(selection.others_NS1, 0)
+            if y.dtype == self.dtype:
+                y_NO.addmm_(low_NR, b_RO)
+            else:
+                y_NO.add_(low_NR @ b_RO)
+        return y
 
-def _add(y_BTO: Tensor, x_BTI: Tensor, a_IR: Tensor, b_RO: Tensor, rows: Rows) -> None:
-    """y[rows] += (x[rows] · A) · B, in fp32 and in place."""
-    low_NR = x_BTI[rows].flatten(0, 1).float() @ a_IR
-    if isinstance(rows, slice) and y_BTO.dtype == torch.float32:
-        y_BTO[rows].view(-1, y_BTO.shape[-1]).addmm_(low_NR, b_RO)
-    else:
-        part = (low_NR @ b_RO).to(y_BTO.dtype).view(-1, *y_BTO.shape[1:])
-        if isinstance(rows, slice):
-            y_BTO[rows] += part
-        else:
-            y_BTO.index_add_(0, rows, part)
+    def _of(self, live: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """A and B of these slots, as one product each."""
+        if live not in self._flat:
+            first, end = live
+            self._flat[live] = self._a_ISR[:, first:end].flatten(1), self._b_SRO[first:end].flatten(0, 1)
+        return self._flat[live]

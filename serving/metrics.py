@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from feedback.events import KINDS, Release
@@ -22,7 +22,7 @@ FEEDBACK_OUTCOMES = (
 )
 EXCHANGE_OUTCOMES = ("kept", "not_stored", "dropped")
 SWAP_OUTCOMES = ("activated", "failed")
-SWAP_PHASES = ("load", "stage", "flip", "drain")
+SWAP_PHASES = ("load", "stage", "warm", "flip", "drain")
 VALUES = {"thumb": ("up", "down"), "rating": ("1", "2", "3", "4", "5")}
 
 
@@ -103,6 +103,10 @@ class Now:
     ready: bool
     running: int
     waiting: int
+    prompt_tokens: int
+    """Prompt tokens read, in all."""
+    prefix_tokens: int
+    """Prompt tokens found already read, in all."""
     kv_usage: float
     """Share of the key/value rows' room that is in use, 0 to 1."""
     loaded: Mapping[int, str]
@@ -125,6 +129,12 @@ class _Watch(Collector):
         yield GaugeMetricFamily("heed_running_requests", "Replies being generated.", value=now.running)
         yield GaugeMetricFamily("heed_waiting_requests", "Replies waiting for a row.", value=now.waiting)
         yield GaugeMetricFamily("heed_kv_usage_ratio", "Share of the key/value room in use.", value=now.kv_usage)
+        prefix = CounterMetricFamily(
+            "heed_prefix_tokens", "Prompt tokens that an earlier prompt had read (hit), or not.", labels=["hit"]
+        )
+        prefix.add_metric(["yes"], now.prefix_tokens)
+        prefix.add_metric(["no"], now.prompt_tokens)
+        yield prefix
         info = GaugeMetricFamily(
             "heed_version_info", "1 for each loaded version.", labels=["policy", "version", "role"]
         )

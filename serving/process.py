@@ -167,7 +167,13 @@ def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
         model, chat = load_model(config.model, config.device, config.dtype)
         folder = find_model(config.model)
         engine = Engine(
-            model, chat, rows=config.max_rows, max_len=_max_len(config, model.config), max_waiting=config.max_waiting
+            model,
+            chat,
+            rows=config.max_rows,
+            max_len=_max_len(config, model.config),
+            max_waiting=config.max_waiting,
+            packed=True,
+            prefix_tokens=config.prefix_tokens,
         )
         base = describe_base(model, chat, folder)
     except ModelError as error:

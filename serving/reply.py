@@ -11,9 +11,10 @@ from serving.stream import Finished, Reason, Stream, Token
 class Reply:
     """The engine's side of a stream, from admission to its last token."""
 
-    def __init__(self, stream: Stream, version: int, slot: int, seed: int, chat: Chat, max_len: int) -> None:
+    def __init__(self, stream: Stream, version: int, slot: int, uid: int, seed: int, chat: Chat, max_len: int) -> None:
+        """`uid`: of the weights that speak (serving/versions.py)."""
         request = stream.request
-        self.stream, self.version, self.slot, self.seed = stream, version, slot, seed
+        self.stream, self.version, self.slot, self.uid, self.seed = stream, version, slot, uid, seed
         self.prompt_ids, self.sampling = request.prompt_ids, request.sampling
         self.admitted = False
         self.row = -1
@@ -37,6 +38,11 @@ class Reply:
     def used(self) -> int:
         """Positions of the row that hold keys and values: all ids but the last sampled one."""
         return self.prefilled + max(0, len(self.ids) - 1)
+
+    @property
+    def read_ids(self) -> tuple[int, ...]:
+        """The ids whose keys and values are in the row."""
+        return (*self.prompt_ids[: self.prefilled], *self.ids[: self.used - self.prefilled])
 
     @property
     def left_to_read(self) -> int:

@@ -31,6 +31,8 @@ class Sampling:
     """Only this many likeliest tokens; 0 for all."""
     min_p: float = 0.0
     """In [0, 1]: only tokens at least this share as likely as the likeliest."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """Token ids with what is added to their logits before anything else, -100 to 100."""
     max_tokens: int = 256
     """At most this many sampled tokens, and never more than the model's length allows."""
     stop: tuple[str, ...] = ()
@@ -47,14 +49,15 @@ class Sampling:
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (all) or a positive whole number")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
+        _check("bias", self.bias, all(i >= 0 and abs(b) <= 100 for i, b in self.bias), "token ids with -100 to 100")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "a positive whole number")
         _check("stop", self.stop, all(self.stop), "texts that are not empty")
         _check("top_logprobs", self.top_logprobs, 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "0 to 20")
 
     @property
     def full_support(self) -> bool:
-        """True when every token of the vocabulary can be drawn."""
-        return not self.greedy and not self.restricted
+        """True when every token of the vocabulary can be drawn, about as often as the model says."""
+        return not self.greedy and not self.restricted and not self.bias
 
     @property
     def greedy(self) -> bool:
@@ -78,8 +81,10 @@ class RowSampling:
         """`seeds`: one 64-bit number a row, drawn by the caller for rows without a seed of their own."""
         self.device = torch.device(device)
         self.seed_B = torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64, device=device)
-        self.plain = all(row.temperature == 1 and not row.restricted for row in rows)
+        self.plain = all(row.temperature == 1 and not row.restricted and not row.bias for row in rows)
         """True when every row draws from the model's own distribution: raw and processed log-probs are the same."""
+        self.likeliest = all(row.greedy and not row.bias for row in rows)
+        """True when every row takes the likeliest token."""
         self.greedy_B = torch.tensor([row.greedy for row in rows], device=device)
         self.temperature_B1 = torch.tensor([[1.0 if row.greedy else row.temperature] for row in rows], device=device)
         restricted = [i for i, row in enumerate(rows) if row.restricted and not row.greedy]
@@ -87,6 +92,10 @@ class RowSampling:
         self.top_p_R1 = torch.tensor([[rows[i].top_p] for i in restricted], device=device)
         self.top_k_R1 = torch.tensor([[rows[i].top_k or 2**31] for i in restricted], device=device)
         self.min_p_R1 = torch.tensor([[rows[i].min_p] for i in restricted], device=device)
+        self.biased_R = torch.tensor([i for i, row in enumerate(rows) if row.bias], dtype=torch.int64, device=device)
+        biases = [(i, token, value) for i, row in enumerate(rows) for token, value in row.bias]
+        self.bias_row_N, self.bias_id_N = (torch.tensor([bias[k] for bias in biases], device=device) for k in (0, 1))
+        self.bias_N = torch.tensor([bias[2] for bias in biases], device=device)
         self.top = max((row.top_logprobs for row in rows), default=0)
 
 
@@ -105,6 +114,10 @@ class Sampled:
 
 def sample(logits_BV: Tensor, rows: RowSampling, steps: Sequence[int]) -> Sampled:
     """Draw one token a row. `steps`: the tokens each row's reply has already; with its seed they decide the draw."""
+    if rows.likeliest and not rows.top:
+        best_B, ids_B = logits_BV.float().max(dim=-1)
+        raw_B = best_B - logits_BV.float().logsumexp(dim=-1)
+        return _sampled(ids_B, raw_B, torch.zeros_like(raw_B), None)
     u_B = uniform(rows.seed_B, torch.tensor(steps, dtype=torch.int64, device=rows.device))
     if rows.plain and not rows.top:
         probs_BV = torch.softmax(logits_BV.float(), dim=-1)
@@ -113,11 +126,17 @@ def sample(logits_BV: Tensor, rows: RowSampling, steps: Sequence[int]) -> Sample
         top = None
     else:
         raw_BV = torch.log_softmax(logits_BV.float(), dim=-1)
-        processed_BV = _process(raw_BV, rows)
-        ids_B = torch.where(rows.greedy_B, raw_BV.argmax(dim=-1), _draw(processed_BV.exp(), u_B))
+        biased_BV = _add_bias(raw_BV, rows) if rows.biased_R.numel() else raw_BV
+        processed_BV = _process(biased_BV, rows)
+        ids_B = torch.where(rows.greedy_B, biased_BV.argmax(dim=-1), _draw(processed_BV.exp(), u_B))
         raw_B = raw_BV.gather(1, ids_B[:, None])[:, 0]
         processed_B = processed_BV.gather(1, ids_B[:, None])[:, 0].masked_fill(rows.greedy_B, 0.0)
         top = _likeliest(raw_BV, rows.top)
+    return _sampled(ids_B, raw_B, processed_B, top)
+
+
+def _sampled(ids_B: Tensor, raw_B: Tensor, processed_B: Tensor, top: list[list[tuple[int, float]]] | None) -> Sampled:
+    """As numbers of Python's: all of them in one copy from the device."""
     ids, raw, processed = torch.stack((ids_B.double(), raw_B.double(), processed_B.double())).tolist()
     return Sampled([int(i) for i in ids], processed, raw, top)
 
@@ -152,6 +171,13 @@ def _draw(probs_BV: Tensor, u_B: Tensor) -> Tensor:
 def _first_above(rising_BN: Tensor, target_B1: Tensor) -> Tensor:
     """The first place above the target; the last place where there is none, as in rows of NaN."""
     return torch.searchsorted(rising_BN, target_B1, right=True).clamp_(max=rising_BN.shape[1] - 1)
+
+
+def _add_bias(raw_BV: Tensor, rows: RowSampling) -> Tensor:
+    """Log-probs after the rows' biases; rows without one stay as they are, to the last bit."""
+    biased_BV = raw_BV.index_put((rows.bias_row_N, rows.bias_id_N), rows.bias_N, accumulate=True)
+    biased_BV[rows.biased_R] = torch.log_softmax(biased_BV[rows.biased_R], dim=-1)
+    return biased_BV
 
 
 def _process(raw_BV: Tensor, rows: RowSampling) -> Tensor:

@@ -13,6 +13,7 @@ import time
 from serving.batch import Batch
 from serving.chat import Chat
 from serving.kv import KeyValueRows
+from serving.prefix import PrefixCache
 from serving.queueing import FairQueue, QueueFull
 from serving.reply import Reply
 from serving.stream import Stream
@@ -22,9 +23,17 @@ from serving.versions import Versions
 class Scheduler:
     """Binds each request to a version and a row, and frees both when its reply ends."""
 
-    def __init__(self, kv: KeyValueRows, chat: Chat, versions: Versions, max_waiting: int, seed: int | None) -> None:
+    def __init__(
+        self,
+        kv: KeyValueRows,
+        prefixes: PrefixCache,
+        chat: Chat,
+        versions: Versions,
+        max_waiting: int,
+        seed: int | None,
+    ) -> None:
         """`max_waiting`: requests in line before QueueFull. `seed`: of the seeds for requests without one."""
-        self.batch = Batch(kv)
+        self.batch = Batch(kv, prefixes)
         self.versions = versions
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)
@@ -110,7 +119,8 @@ class Scheduler:
         seed = stream.request.sampling.seed
         if seed is None:
             seed = self._seeds.getrandbits(64)
-        return Reply(stream, version, self.versions.slot_of(version), seed, self._chat, self._max_len)
+        slot, uid = self.versions.slot_of(version), self.versions.uid_of(version)
+        return Reply(stream, version, slot, uid, seed, self._chat, self._max_len)
 
     def _leave_the_line(self, streams: list[Stream]) -> list[Reply]:
         self._line.remove(streams)

@@ -104,6 +104,8 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)
 MetaKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetaValue = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[dict[MetaKey, MetaValue], Field(max_length=16)]
+TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+"""A token's id, as the name of a JSON object's member."""
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
@@ -121,6 +123,7 @@ class ChatIn(Strict):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Annotated[list[Stop], BeforeValidator(_stops), Field(max_length=MAX_STOPS)] = []
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     user: Name | None = None
@@ -134,7 +137,6 @@ class ChatIn(Strict):
     frequency_penalty: Annotated[Any, only(0)] = None
     function_call: Annotated[Any, only("none")] = None
     functions: Annotated[Any, only([])] = None
-    logit_bias: Annotated[Any, only({})] = None
     modalities: Annotated[Any, only(["text"])] = None
     moderation: Annotated[Any, only()] = None
     parallel_tool_calls: Annotated[Any, only(True)] = None

@@ -5,6 +5,7 @@ The way of a swap, all of it in a thread of its own:
     look      poll the release file: is another version wanted than the one that speaks?
     load      read that version and verify it: digests, base, shapes, finite numbers   (serving/adapters.py)
     stage     copy it into a free slot beside the running ones, and try one forward with it   (serving/engine.py)
+    warm      let it read what most prompts begin with, so that its first replies need not wait for that
     flip      between two steps the engine changes one integer: replies admitted from now on are the new version's
     drain     replies that were running end on the version they began with; with the last of them its slot is free
 
@@ -45,7 +46,7 @@ class SwapReport:
     version: int
     outcome: Literal["activated", "failed", "drained"]
     seconds: Mapping[str, float]
-    """By phase: `load`, `stage`, `flip` of a version that came, `drain` of one that went."""
+    """By phase: `load`, `stage`, `warm`, `flip` of a version that came, `drain` of one that went."""
     error: str | None = None
 
 
@@ -150,6 +151,8 @@ class Swapper:
         try:
             if version and not self._prepare(release, version, seconds):
                 return False
+            with _timed(seconds, "warm"):
+                self._engine.warm(version)
             with _timed(seconds, "flip"):
                 self._engine.activate(version)
         except Exception as error:  # whatever is wrong with a new version, the old one goes on
@@ -196,7 +199,7 @@ class Swapper:
     def _fail(self, version: int, seconds: Mapping[str, float], error: Exception) -> None:
         self._loaded = None
         self.failures += 1
-        unforeseen = None if isinstance(error, BadAdapter | ProbeFailed) else error
+        unforeseen = None if isinstance(error, BadAdapter | ProbeFailed | ValueError) else error
         _log.error("v%d is not served: %s v%d goes on.", version, error, self._engine.current, exc_info=unforeseen)
         self._reports.append(SwapReport(version, "failed", seconds, str(error)))
 

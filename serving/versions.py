@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from serving.lora import BASE
 
 
@@ -27,9 +29,11 @@ class Versions:
     def __init__(self, slots: int) -> None:
         self.current = 0
         self._slot_of: dict[int, int] = {0: BASE}
+        self._uid_of: dict[int, int] = {0: 0}
         self._references: dict[int, int] = {0: 0}
         self._retiring: set[int] = set()
         self._free = list(range(slots))[::-1]
+        self._uids = itertools.count(1)
 
     def loaded(self) -> dict[int, int]:
         """Version to how many replies run on it (or wait for it by name)."""
@@ -37,6 +41,10 @@ class Versions:
 
     def slot_of(self, version: int) -> int:
         return self._slot_of[version]
+
+    def uid_of(self, version: int) -> int:
+        """A number for the weights that a version has now: others under the same name have another."""
+        return self._uid_of[version]
 
     def known(self, version: int) -> bool:
         """True when new requests may name the version."""
@@ -63,6 +71,11 @@ class Versions:
         """A reserved slot now holds this version."""
         self._slot_of[version] = slot
         self._references[version] = 0
+        self.changed(version)
+
+    def changed(self, version: int) -> None:
+        """The version has new weights."""
+        self._uid_of[version] = next(self._uids)
 
     def unused_slot(self, version: int) -> int:
         """The slot of a version on which nothing runs. Raises VersionInUse, UnknownVersion."""
@@ -75,7 +88,7 @@ class Versions:
     def remove(self, version: int) -> None:
         """Forget a version on which nothing runs and free its slot. Raises VersionInUse."""
         self._free.append(self.unused_slot(version))
-        del self._references[version], self._slot_of[version]
+        del self._references[version], self._slot_of[version], self._uid_of[version]
         self._retiring.discard(version)
         if self.current == version:
             self.current = 0

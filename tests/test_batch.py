@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from serving.batch import Batch
 from serving.kv import KeyValueRows, LayerShape
+from serving.prefix import PrefixCache
 from serving.reply import Reply
 from serving.sampling import Sampling
 from serving.stream import Request, Stream
@@ -20,12 +21,13 @@ ROWS, LENGTH = 5, 24
 
 def a_batch() -> Batch:
     shapes = [LayerShape(1, 2, 2, None), LayerShape(1, 2, 3, None)]
-    return Batch(KeyValueRows(shapes, ROWS, LENGTH, torch.float32, torch.device("cpu")))
+    kv = KeyValueRows(shapes, ROWS, LENGTH, torch.float32, torch.device("cpu"))
+    return Batch(kv, PrefixCache(kv, 0))
 
 
 def a_reply(prompt_ids: tuple[int, ...], version: int = 0) -> Reply:
     stream = Stream(Request(prompt_ids, Sampling(max_tokens=20)), None, tokens=False, drive=lambda: False)
-    return Reply(stream, version, -1, 0, CHAT, LENGTH)
+    return Reply(stream, version, -1, version, 0, CHAT, LENGTH)
 
 
 def write(batch: Batch, reply: Reply, ids: tuple[int, ...]) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from feedback.events import EXCHANGES
 from serving.routes import bodies
+from serving.routes.answers import _event
 from tests import bases
 from tests.served import MAX_LEN, Served, TroubledLog
 
@@ -28,10 +29,7 @@ def stream(server: Served, **more: Any) -> tuple[httpx.Headers, list[dict[str, A
     body = {"model": "default", "messages": HELLO, "max_tokens": 6, "stream": True, **more}
     with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
         assert answer.status_code == 200, answer.read()
-        text = (
-            answer.read().decode()
-        )  # httpx's iter_lines also ends lines at U+2028 and the like, which an event stream does not
-    lines = [line.removeprefix("data: ") for line in text.split("\n") if line]
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines[-1] == "[DONE]"
     return answer.headers, [json.loads(line) for line in lines[:-1]]
 
@@ -45,6 +43,13 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+def test_no_character_of_a_reply_ends_a_line_of_the_event_stream():
+    said = "".join(map(chr, [*range(0x110), 0x2028, 0x2029, 0x1F600]))
+    line, *rest = _event({"content": said}).decode().splitlines()  # as httpx splits: by Unicode's line ends
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == {"content": said}
 
 
 def test_a_chat_is_answered_in_openais_shape_by_a_version_with_a_name(server: Served):

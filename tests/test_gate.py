@@ -45,14 +45,14 @@ def form(candidate: list[Rollout]) -> dict[str, str]:
 
 
 def test_it_knows_when_the_lower_bound_is_above_chance() -> None:
-    check = gate.knows(reward_report(0.6, error=0.03))  # .6 − 2.576·.03 = .523
+    check = gate.knows(reward_report(0.6, error=0.03))  # .6 − 2.326·.03 = .530
     assert check.verdict == "pass"
-    assert check.value == pytest.approx(0.6 - 2.576 * 0.03)
+    assert check.value == pytest.approx(0.6 - 2.326 * 0.03)
     assert "60%" in check.sentence
 
 
 def test_a_lucky_auroc_is_not_enough() -> None:
-    check = gate.knows(reward_report(0.6, error=0.05))
+    check = gate.knows(reward_report(0.6, error=0.06))
     assert check.verdict == "fail"
     assert "does not surely beat" in check.sentence
 

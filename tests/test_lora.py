@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from serving.lora import BASE, AdapterWeights, Slots, target_modules
+from serving.products import siblings
 from tests import bases
 
 IDS_BT = torch.randint(3, 320, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -28,8 +29,8 @@ def logits_of(model: PreTrainedModel, slots: Slots, chosen: list[int]) -> Tensor
         return logits(model)
 
 
-def with_slots(model: PreTrainedModel, **adapters: AdapterWeights) -> Slots:
-    slots = Slots(model, target_modules(model), count=4, rank=8)
+def with_slots(model: PreTrainedModel, *, packed: bool = True, **adapters: AdapterWeights) -> Slots:
+    slots = Slots(model, target_modules(model), count=4, rank=8, packed=packed)
     for name, weights in adapters.items():
         slots.write(int(name[1:]), weights)
     return slots
@@ -44,13 +45,14 @@ def test_targets_are_all_linear_layers_but_the_head(make: Callable[[], PreTraine
 
 @pytest.mark.parametrize("make", [bases.llama, bases.gpt2])
 @pytest.mark.parametrize("rank", [8, 3])
-def test_every_row_speaks_its_own_adapter_as_peft_would(make: Callable[[], PreTrainedModel], rank: int):
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_row_speaks_its_own_adapter_as_peft_would(make: Callable[[], PreTrainedModel], rank: int, packed: bool):
     model = make()
     one, two = bases.adapter(model, 1, rank), bases.adapter(model, 2, rank)
     expected = {BASE: logits(model)}
     expected |= {i: logits(bases.with_peft(copy.deepcopy(model), w)) for i, w in ((0, one), (3, two))}
     assert (expected[0] - expected[3]).abs().max() > 0.1
-    slots = with_slots(model, _0=one, _3=two)
+    slots = with_slots(model, packed=packed, _0=one, _3=two)
     for chosen in ([0, 0, 0, 0, 0], [3, 0, BASE, 0, 3], [0, 0, 3, 3, BASE], [BASE] * 5):
         got = logits_of(model, slots, chosen)
         for row, slot in enumerate(chosen):
@@ -60,8 +62,8 @@ def test_every_row_speaks_its_own_adapter_as_peft_would(make: Callable[[], PreTr
 def test_rows_on_the_base_cost_nothing(monkeypatch: pytest.MonkeyPatch):
     model = bases.llama()
     clean = logits(model)
-    slots = with_slots(model, _0=bases.adapter(model))
-    monkeypatch.setattr("serving.lora._add", lambda *_: pytest.fail("work for rows on the base"))
+    slots = with_slots(model, packed=False, _0=bases.adapter(model))
+    monkeypatch.setattr("serving.lora._Site._of", lambda *_: pytest.fail("work for rows on the base"))
     assert torch.equal(logits_of(model, slots, [BASE] * 5), clean)
 
 
@@ -74,16 +76,29 @@ def test_outside_the_engine_the_model_is_the_base():
 
 
 @pytest.mark.parametrize("chosen", [[0, 1, 0, 1, BASE], [0, 0, 1, 1, BASE]])
-def test_nan_in_a_slot_touches_no_other_row(chosen: list[int]):
+def test_nan_that_an_adapter_makes_touches_no_other_row(chosen: list[int]):
     model = bases.llama()
-    good, bad = bases.adapter(model, 1), bases.adapter(model, 2)
+    good = bases.adapter(model, 1)
     slots = with_slots(model, _0=good, _1=good)
     clean = logits_of(model, slots, chosen)
-    spoilt = {path: (a.clone().fill_(math.nan), b.clone().fill_(math.inf)) for path, (a, b) in bad.tensors.items()}
-    slots.write(1, AdapterWeights(4, 1.0, spoilt))
+    huge = {path: (torch.full_like(a, 3e38), torch.full_like(b, -3e38)) for path, (a, b) in good.tensors.items()}
+    slots.write(1, AdapterWeights(4, 1.0, huge))
     got = logits_of(model, slots, chosen)
     for row, slot in enumerate(chosen):
         assert got[row].isnan().all() if slot == 1 else torch.equal(got[row], clean[row])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(value: float):
+    model = bases.llama()
+    path = target_modules(model)[0]
+    slots = with_slots(model, _0=bases.adapter(model))
+    clean = logits_of(model, slots, [0] * 5)
+    bad = bases.adapter(model, 2)
+    a, b = bad.tensors[path]
+    with pytest.raises(ValueError, match=r"not finite"):
+        slots.write(0, spoil(bad, path, torch.full_like(a, value), b))
+    assert torch.equal(logits_of(model, slots, [0] * 5), clean)
 
 
 def test_scaling_per_module_is_folded_in():
@@ -113,10 +128,9 @@ def test_ranks_may_differ_and_modules_may_be_missing():
 
 def test_a_cleared_slot_is_the_base():
     model = bases.llama()
-    clean = logits(model)
     slots = with_slots(model, _2=bases.adapter(model))
     slots.clear(2)
-    assert torch.equal(logits_of(model, slots, [2] * 5), clean)
+    assert torch.equal(logits_of(model, slots, [2] * 5), logits_of(model, slots, [BASE] * 5))
 
 
 def spoil(weights: AdapterWeights, path: str, a: Tensor, b: Tensor) -> AdapterWeights:
@@ -156,7 +170,7 @@ def test_removal_gives_the_model_its_own_forwards_back():
     Slots(model, target_modules(model)).remove()
 
 
-def test_adapters_stay_fp32_beside_a_bf16_base():
+def test_adapters_work_beside_a_bf16_base():
     model = bases.llama().to(torch.bfloat16)
     weights = bases.adapter(model)
     path = target_modules(model)[0]
@@ -169,10 +183,30 @@ def test_adapters_stay_fp32_beside_a_bf16_base():
         with slots.chosen(chosen, width=2):
             got = layer(x)
         assert got.dtype == torch.bfloat16
-        exact = base + (2.0 * x.float() @ a.T @ b.T).to(torch.bfloat16)
+        exact = base.float() + 2.0 * x.float() @ a.T @ b.T
         for row, slot in enumerate(chosen):
-            expected = exact[row] if slot == 0 else base[row]
-            torch.testing.assert_close(got[row], expected, atol=0.02, rtol=0.02)
+            expected = exact[row] if slot == 0 else base[row].float()
+            torch.testing.assert_close(got[row].float(), expected, atol=0.03, rtol=0.03)
+
+
+def test_modules_that_read_the_same_tensor_share_a_product():
+    model = bases.llama()
+    groups = siblings(model, target_modules(model))
+    of_layer = [[path.rpartition(".")[2] for path in group] for group in groups if ".0." in group[0]]
+    assert of_layer == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert with_slots(model).copied_bytes == sum(
+        module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear)
+    )
+
+
+def test_a_module_asked_out_of_turn_still_gets_its_own_part():
+    model = bases.llama()
+    attention = model.model.layers[0].self_attn
+    with_slots(model).chosen([BASE], width=2).__enter__()
+    x, other = torch.randn(2, 1, 2, 32)
+    attention.q_proj(x)
+    torch.testing.assert_close(attention.v_proj(other), other @ attention.v_proj.weight.T)
+    torch.testing.assert_close(attention.k_proj(x), x @ attention.k_proj.weight.T)
 
 
 class Flattening(nn.Module):

@@ -60,7 +60,7 @@ def test_every_known_label_set_is_there_before_anything_happened():
     assert {(one["kind"], one["value"]) for one in labels("heed_feedback_value_total")} == {
         ("thumb", "up"), ("thumb", "down"), *(("rating", str(stars)) for stars in range(1, 6))
     }  # fmt: skip
-    assert {one["phase"] for one in labels("heed_swap_seconds_count")} == {"load", "stage", "flip", "drain"}
+    assert {one["phase"] for one in labels("heed_swap_seconds_count")} == {"load", "stage", "warm", "flip", "drain"}
 
 
 def test_two_servers_in_one_process_count_apart():
@@ -72,7 +72,15 @@ def test_two_servers_in_one_process_count_apart():
 def test_what_is_running_is_looked_at_when_it_is_asked_for():
     metrics, running = Metrics("default"), [3]
     metrics.watch(
-        lambda: Now(ready=True, running=running[0], waiting=1, kv_usage=0.25, loaded={0: "base", 2: "current"})
+        lambda: Now(
+            ready=True,
+            running=running[0],
+            waiting=1,
+            prompt_tokens=30,
+            prefix_tokens=20,
+            kv_usage=0.25,
+            loaded={0: "base", 2: "current"},
+        )
     )
     assert metrics.registry.get_sample_value("heed_running_requests") == 3
     running[0] = 5

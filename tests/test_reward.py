@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner import gate
 from learner.concordance import Compared, concordance
 from learner.crossfit import CrossFit, RewardConfig, chance_nll, deal, weigh
 from learner.features import Features
@@ -89,7 +90,7 @@ def fitted(judgements: Sequence[Judgement], **settings: object) -> tuple[RewardM
     fresh = reference(400)[150:]
     score_B, nice_B = model.score(fresh), torch.tensor([NICE in one.reply_ids for one in fresh])
     auroc = float((score_B[nice_B][:, None] > score_B[~nice_B][None]).double().mean())
-    return model, auroc, report.lower(2.576)
+    return model, auroc, report.lower(gate.SURE)
 
 
 # 5. float64 gradcheck of each reward loss; a rating of two levels is a thumb
@@ -342,7 +343,7 @@ def test_thumbs_that_all_say_the_same_teach_nothing() -> None:
         model = RewardModel(embeddings(), {EOS}, RewardConfig())
         report = model.fit([replace(one, value=value) for one in thumbs(60)], reference(), seed=0)
         assert report.auroc is None
-        assert report.lower(2.576) == 0.0
+        assert report.lower(gate.SURE) == 0.0
 
 
 def test_of_one_prompt_and_no_named_rater_nothing_is_surely_known() -> None:
@@ -355,7 +356,10 @@ def test_of_one_prompt_and_no_named_rater_nothing_is_surely_known() -> None:
 def test_a_handful_of_thumbs_is_never_sure() -> None:
     for count in (1, 2, 3, 6):
         judgements = [replace(one, value=float(n % 2), user=f"u{n}") for n, one in enumerate(thumbs(count, noise=0.0))]
-        assert RewardModel(embeddings(), {EOS}, RewardConfig()).fit(judgements, reference(), seed=0).lower(2.576) <= 0.5
+        assert (
+            RewardModel(embeddings(), {EOS}, RewardConfig()).fit(judgements, reference(), seed=0).lower(gate.SURE)
+            <= 0.5
+        )
 
 
 def test_the_same_seed_gives_the_same_model() -> None:

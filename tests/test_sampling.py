@@ -67,6 +67,36 @@ def test_greedy_takes_the_likeliest_with_certainty():
     assert raw[0].item() == pytest.approx(logits.log_softmax(-1)[1].item())
 
 
+def test_a_bias_is_added_before_temperature_and_leaves_raw_logprobs_alone():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    biased = (logits + torch.tensor([3.0, 0.0, 0.0, -100.0])) / 0.5
+    shares, logprobs, raw = draw(logits, Sampling(temperature=0.5, bias=((0, 3.0), (3, -100.0))), 40_000)
+    assert shares.tolist() == pytest.approx(biased.softmax(-1).tolist(), abs=0.01)
+    assert sorted(set(logprobs.tolist())) == pytest.approx(sorted(biased.log_softmax(-1)[:3].tolist()), abs=1e-5)
+    assert set(raw.tolist()) <= set(logits.log_softmax(-1).tolist())
+    assert draw(logits, Sampling(temperature=0, bias=((3, 50.0),)), 4)[0].tolist() == [0, 0, 0, 1]
+
+
+def test_a_bias_touches_no_other_row():
+    logits_BV = torch.randn(3, 8)
+    alone = sample(logits_BV, RowSampling([Sampling(temperature=0.7)] * 3, range(3)), [0] * 3)
+    settings = [Sampling(temperature=0.7), Sampling(bias=((1, 9.0),)), Sampling(temperature=0.7)]
+    beside = sample(logits_BV, RowSampling(settings, range(3)), [0] * 3)
+    assert [alone.logprobs[i] for i in (0, 2)] == [beside.logprobs[i] for i in (0, 2)]
+
+
+def test_greedy_rows_say_the_same_alone_and_beside_others():
+    logits_BV = torch.randn(3, 50)
+    alone = sample(logits_BV, RowSampling([Sampling(temperature=0)] * 3, range(3)), [0] * 3)
+    settings = [Sampling(temperature=0), Sampling(temperature=0), Sampling()]
+    beside = sample(logits_BV, RowSampling(settings, range(3)), [0] * 3)
+    assert alone.ids[:2] == beside.ids[:2] == logits_BV[:2].argmax(-1).tolist()
+    assert alone.logprobs[:2] == beside.logprobs[:2] == [0.0, 0.0]
+    assert alone.raw_logprobs[:2] == pytest.approx(beside.raw_logprobs[:2], abs=1e-6)
+    spoilt = sample(torch.full((1, 4), math.nan), RowSampling([Sampling(temperature=0)], [0]), [0])
+    assert math.isnan(spoilt.raw_logprobs[0])
+
+
 @pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-300])
 def test_tiny_temperatures_stay_finite(temperature: float):
     shares, logprobs, _ = draw(torch.tensor([5.0, 3.0, 1.0]), Sampling(temperature=temperature), 10)

@@ -42,7 +42,6 @@ NEUTRAL = [
     ("frequency_penalty", 0.0),
     ("function_call", "none"),
     ("functions", []),
-    ("logit_bias", {}),
     ("modalities", ["text"]),
     ("moderation", None),
     ("parallel_tool_calls", True),
@@ -77,7 +76,6 @@ def test_a_parameter_we_do_not_have_is_let_through_at_its_neutral_value(name: st
         ("frequency_penalty", False),
         ("function_call", "auto"),
         ("functions", [{"name": "f"}]),
-        ("logit_bias", {"5": 1}),
         ("modalities", ["text", "audio"]),
         ("parallel_tool_calls", False),
         ("prediction", {"type": "content", "content": "x"}),
@@ -102,6 +100,12 @@ def test_every_parameter_of_the_openai_client_is_known_to_us():
     from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 
     assert set(CompletionCreateParamsStreaming.__annotations__) | {"stream"} <= set(ChatIn.model_fields) | {"timeout"}
+
+
+def test_a_bias_names_tokens_by_their_ids():
+    assert chat(logit_bias={"5": 1, "7": -100}).logit_bias == {"5": 1.0, "7": -100.0}
+    for wrong in ({"five": 1}, {"-1": 1}, {"5": 101}, {"5": "1"}):
+        assert (why(logit_bias=wrong).param or "").startswith("logit_bias")
 
 
 def test_a_name_nobody_knows_is_refused():

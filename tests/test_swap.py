@@ -139,7 +139,7 @@ def test_a_report_tells_the_seconds_of_each_phase(place: Place):
     place.swapper.look()
     whole = time.perf_counter() - begin
     (report,) = place.reports
-    assert set(report.seconds) == {"load", "stage", "flip"}
+    assert set(report.seconds) == {"load", "stage", "warm", "flip"}
     assert all(seconds > 0 for seconds in report.seconds.values())
     assert sum(report.seconds.values()) <= whole
 

@@ -18,6 +18,8 @@ from serving.routes.logprobs import entries
 Json = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = [("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")]
+"""Escaped in events: no line ends to JSON or to an event stream, but to clients that split by Unicode (httpx)."""
 
 
 async def whole(completion: Completion, chat: Chat, *, logprobs: bool) -> Json:
@@ -163,4 +165,7 @@ def _reason(finished: Finished) -> str:
 
 
 def _event(body: Json) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    for end, escaped in _LINE_ENDS:
+        text = text.replace(end, escaped)
+    return b"data: " + text.encode() + b"\n\n"

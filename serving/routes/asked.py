@@ -57,6 +57,7 @@ class Asked:
             max_tokens=used.max_tokens,
             seed=used.seed,
             stop=used.stop,
+            bias=used.bias,
         )
 
 
@@ -91,7 +92,7 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
         messages=messages,
         prompt_ids=tuple(prompt_ids),
         place=await asyncio.to_thread(wiring.board.continue_conversation, caller, messages, named),
-        sampling=_sampling(body, room),
+        sampling=_sampling(body, room, speaker.chat.vocab_size),
         choices=body.n or 1,
         kept=body.kept,
         ask=body.kept and wiring.dice.random() < wiring.config.ask_share,
@@ -99,7 +100,17 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
     )
 
 
-def _sampling(body: ChatIn, room: int) -> Sampling:
+def _bias(body: ChatIn, vocab: int) -> tuple[tuple[int, float], ...]:
+    """Raises BadRequest for a token id that the model does not have."""
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    if bias and (largest := max(bias)) >= vocab:
+        raise BadRequest(
+            f"logit_bias names token {largest}; this model has tokens 0 to {vocab - 1}.", param="logit_bias"
+        )
+    return tuple(bias.items())
+
+
+def _sampling(body: ChatIn, room: int, vocab: int) -> Sampling:
     """`room`: tokens that fit after the prompt; max_tokens is a bound, so that more than fit may be asked for."""
     heed = body.heed
     return Sampling(
@@ -109,6 +120,7 @@ def _sampling(body: ChatIn, room: int) -> Sampling:
         min_p=heed.min_p if heed else 0.0,
         max_tokens=room if body.limit is None else min(body.limit, room),
         stop=tuple(body.stop),
+        bias=_bias(body, vocab),
         seed=body.seed,
         top_logprobs=body.top_logprobs or 0,
         ignore_eos=bool(heed and heed.ignore_eos),

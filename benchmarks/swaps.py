@@ -1,0 +1,183 @@
+"""A swap that nobody feels: 60 seconds under 16 talkers, another version every two seconds.
+
+Counts what went wrong, compares the gaps between tokens that overlap a swap with all others, and scores every kept
+reply again by a plain forward of the version it names.
+
+    python benchmarks/swaps.py [--seconds 60] [--shape S]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.load import Answer, ask, quantile  # noqa: E402
+from benchmarks.peers import CACHE, Heed  # noqa: E402
+from benchmarks.shapes import SHAPES, make, prompt  # noqa: E402
+from feedback.config import FeedbackConfig  # noqa: E402
+from feedback.events import EXCHANGES, Exchange, parse_event  # noqa: E402
+from feedback.log import open_log  # noqa: E402
+from serving.adapters import AdapterStore  # noqa: E402
+from serving.base import describe_base  # noqa: E402
+from serving.engine import load_model  # noqa: E402
+
+TALKERS, EVERY_S, PROMPT, NEW = 16, 2.0, 64, 64
+Json = dict[str, Any]
+
+
+class Fp32(Heed):
+    dtype = "float32"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--shape", choices=list(SHAPES), default="S")
+    given = parser.parse_args()
+    model = make(SHAPES[given.shape], CACHE / "models")
+    with tempfile.TemporaryDirectory(prefix="heed-swaps-") as work:
+        server = Fp32(model, Path(work))
+        server.start()
+        try:
+            versions = publish(server, model, int(given.seconds / EVERY_S) + 1)
+            answers, failures, swaps = asyncio.run(talk_and_swap(server, model, versions, given.seconds))
+        finally:
+            server.stop()
+        print(json.dumps(report(answers, failures, swaps) | rescored(server, model), indent=1))
+
+
+def publish(server: Heed, model: Path, count: int) -> list[int]:
+    """More versions in the server's store, each the first adapter under another scale."""
+    base_model, chat = load_model(model)
+    base = describe_base(base_model, chat, model)
+    store = AdapterStore(server.work / "data" / "adapters", "default")
+    weights = store.load(1, base)
+    assert isinstance(weights.scaling, float)
+    made = []
+    for i in range(count):
+        changed = replace(weights, scaling=weights.scaling * (0.5 + i / count))
+        made.append(store.publish(changed, parent=0, base=base))
+    return made
+
+
+async def talk_and_swap(
+    server: Heed, model: Path, versions: Sequence[int], seconds: float
+) -> tuple[list[Answer], list[str], list[tuple[float, float]]]:
+    """Answers, what failed, and from when to when each swap took: promoted, and first heard."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    answers: list[Answer] = []
+    failures: list[str] = []
+    heard: dict[str, float] = {}
+    until = time.perf_counter() + seconds
+
+    async def talker(number: int) -> None:
+        turn = 0
+        while time.perf_counter() < until:
+            turn += 1
+            text, ids = prompt(tokenizer, PROMPT, seed=1000 * number + turn)
+            body = server.body(text, ids, NEW, None) | {"model": "default"}
+            try:
+                answer = await ask(server.port, server.path, body)
+                said = json.loads(answer.last)
+                if said["usage"]["completion_tokens"] != NEW:
+                    raise RuntimeError(f"broken stream: {said}")
+            except Exception as error:
+                failures.append(f"{type(error).__name__}: {error}")
+                continue
+            heard.setdefault(said["model"], answer.at[0])
+            answers.append(answer)
+
+    promoted: dict[str, float] = {}
+
+    async def swapper() -> None:
+        for version in versions:
+            await asyncio.sleep(EVERY_S)
+            if time.perf_counter() > until - EVERY_S:
+                return
+            promoted[f"default@v{version}"] = time.perf_counter()
+            await asyncio.to_thread(promote, server.port, version)
+
+    await asyncio.gather(swapper(), *(talker(number) for number in range(TALKERS)))
+    return answers, failures, [(at, heard[name]) for name, at in promoted.items() if name in heard]
+
+
+def promote(port: int, version: int) -> None:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/admin/promote",
+        data=json.dumps({"version": version}).encode(),
+        headers={"authorization": "Bearer benchmark", "content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 200
+
+
+def report(answers: Sequence[Answer], failures: Sequence[str], swaps: Sequence[tuple[float, float]]) -> Json:
+    during: list[float] = []
+    others: list[float] = []
+    for answer in answers:
+        for before, after in zip(answer.at, answer.at[1:], strict=False):
+            overlaps = any(start < after and before < end for start, end in swaps)
+            (during if overlaps else others).append(1000 * (after - before))
+    return {
+        "answers": len(answers),
+        "failed": list(failures),
+        "swaps": len(swaps),
+        "promoted_to_heard_ms_p50": 1000 * quantile([end - start for start, end in swaps], 0.5),
+        **{
+            f"{name}_{what}_ms": value
+            for name, gaps in (("during_swaps", during), ("others", others))
+            for what, value in (
+                ("gaps", len(gaps)), ("p50", quantile(gaps, 0.5)), ("p99", quantile(gaps, 0.99)), ("max", max(gaps))
+            )
+        },
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def rescored(server: Heed, model: Path) -> Json:
+    """The largest difference of a served log-prob from that of a plain forward of the version that is named."""
+    log = open_log(FeedbackConfig(data=server.work / "data"), writes=())
+    of_version: dict[int, list[Exchange]] = defaultdict(list)
+    after = 0
+    while records := log.read(EXCHANGES, after, 1000):
+        for record in records:
+            exchange = parse_event(record.event)
+            assert isinstance(exchange, Exchange)
+            of_version[exchange.version].append(exchange)
+        after = records[-1].offset
+    log.close()
+    worst, count = 0.0, 0
+    for version, exchanges in of_version.items():
+        plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        folder = server.work / "data" / "adapters" / "default" / f"v{version:06d}"
+        plain = (PeftModel.from_pretrained(plain, folder) if version else plain).eval()
+        for start in range(0, len(exchanges), 16):
+            for exchange in exchanges[start : start + 16]:
+                content = exchange.content
+                ids = torch.tensor([[*content.prompt_ids, *content.reply_ids]])
+                logprobs = plain(input_ids=ids).logits[0, len(content.prompt_ids) - 1 : -1].float().log_softmax(-1)
+                expected = logprobs.gather(1, torch.tensor(content.reply_ids)[:, None])[:, 0]
+                worst = max(worst, (expected - torch.tensor(content.raw_logprobs)).abs().max().item())
+                count += 1
+    return {"exchanges": count, "versions": len(of_version), "max_logprob_difference": worst}
+
+
+if __name__ == "__main__":
+    main()
