@@ -32,13 +32,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deploy.client import Client, Reply
-from deploy.local import answers as is_there
-from feedback.raters import crowd, taste
-from learner import corpus
-from serving.model import find_model
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # before this folder, whose serving.py is not the package
+
+from deploy.client import Client, Reply  # noqa: E402
+from deploy.local import answers as is_there  # noqa: E402
+from feedback.raters import crowd, taste  # noqa: E402
+from learner import corpus  # noqa: E402
+from serving.model import find_model  # noqa: E402
+
 TASTES = ("emoji", "bulleted", "short+prose", "personal+casual")
 """Two single ones and two conjunctions, among those that 20–45% of the base's replies satisfy."""
 PLAN = [(name, noise, seed) for noise, seed in ((0.1, 0), (0.25, 0), (0.1, 1), (0.1, 2)) for name in TASTES]

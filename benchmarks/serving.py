@@ -26,7 +26,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent))  # before this folder, whose serving.py is not the package
 
 from benchmarks import limits  # noqa: E402
 from benchmarks.load import Answer, quantile, talk  # noqa: E402

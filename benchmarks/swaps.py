@@ -26,7 +26,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent))  # before this folder, whose serving.py is not the package
 
 from benchmarks.load import Answer, ask, quantile  # noqa: E402
 from benchmarks.peers import CACHE, Heed  # noqa: E402

@@ -38,6 +38,10 @@ class ServingConfig(Settings):
     max_waiting: int = Field(
         256, ge=1, le=1_000_000, description="requests that may wait for a row; one more is refused with 429"
     )
+    packed: bool = Field(
+        True,
+        description="whether to lay the weights out for fast products; on a CPU they then take twice the memory",
+    )
     prefix_tokens: int = Field(
         16_384,
         ge=0,

@@ -5,7 +5,8 @@ layer. It reads the model's own weights and settings, and serves models of one b
 grouped attention and a gated feed-forward (Llama and so SmolLM, Mistral, Qwen 2 and 3). All others go through the model's
 own forward (serving/forward.py).
 
-Axes: B rows, T tokens a row, N = B·T, H hidden, D of one head, K positions seen, V vocabulary.
+Axes: B rows, T tokens a row, N = B·T, H hidden, A heads (of queries, then keys, then values), G heads of keys, X of queries
+to each of these, L = X·T, D of one head, K positions seen, F feed-forward, V vocabulary.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, slots: Slots, kv: KeyValueRows) -> None:
         """Raises ValueError for a model of another build."""
-        config = model.config.get_text_config()
+        config = model.config
         if config.model_type not in KINDS or config.rope_parameters["rope_type"] not in _STATIC_ROPE:
             raise ValueError(f"{config.model_type}; allowed: {KINDS} with {_STATIC_ROPE} positions")
         inner: Any = model.model
@@ -73,11 +74,10 @@ class Decoder:
         groups = self._heads // self._kv_heads
         if width > 1:  # the heads that share keys and values are read as more tokens, so that nothing is repeated
             mask_B1TK = mask_B1TK.repeat(1, 1, groups, 1)
-        x_NH = self._embed(ids_BT).flatten(0, 1).float()  # the sum of all layers: exact in fp32, and no slower
+        x_NH = self._embed(ids_BT).flatten(0, 1).float()  # the sum of all layers: in fp32, which is no slower
         turned = self._heads + self._kv_heads
         for number, layer in enumerate(self._layers):
-            y_NO = layer.qkv(layer.attention(x_NH))
-            heads_NAD = y_NO.view(rows * width, -1, self._dim)
+            heads_NAD = layer.qkv(layer.attention(x_NH)).view(rows * width, -1, self._dim)
             qk_NAD = heads_NAD[:, :turned]
             if layer.q_norm is not None and layer.k_norm is not None:
                 q_NAD, k_NAD = qk_NAD[:, : self._heads], qk_NAD[:, self._heads :]
@@ -86,9 +86,9 @@ class Decoder:
             k_BTGD = qk_NAD[:, self._heads :].unflatten(0, (rows, width))
             v_BTGD = heads_NAD[:, turned:].unflatten(0, (rows, width))
             keys, values = self._kv.write(number, k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2))
-            q_BAXD = qk_NAD[:, : self._heads].reshape(rows, width, self._kv_heads, groups, self._dim)
-            q_BAXD = q_BAXD.permute(0, 2, 3, 1, 4).reshape(rows, self._kv_heads, groups * width, self._dim)
-            seen = scaled_dot_product_attention(q_BAXD, keys, values, mask_B1TK, scale=layer.scaling)
+            q_BTGXD = qk_NAD[:, : self._heads].reshape(rows, width, self._kv_heads, groups, self._dim)
+            q_BGLD = q_BTGXD.permute(0, 2, 3, 1, 4).reshape(rows, self._kv_heads, groups * width, self._dim)
+            seen = scaled_dot_product_attention(q_BGLD, keys, values, mask_B1TK, scale=layer.scaling)
             seen = seen.view(rows, self._kv_heads, groups, width, -1).permute(0, 3, 1, 2, 4)
             x_NH.add_(layer.o(seen.reshape(rows * width, -1)))
             gate_NF, up_NF = layer.gate_up(layer.feed(x_NH)).chunk(2, -1)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +117,7 @@ class Engine:
 
         `targets`: modules that may carry an adapter, by default all linear layers but the head. `seed` makes the
         replies to requests without a seed repeatable. `packed`: lay the weights of all linear layers out for fast
-        products, which takes as much memory again. `prefix_tokens`: how many to remember of earlier prompts and replies.
+        products, which on a CPU takes as much memory again. `prefix_tokens`: how many to remember of earlier prompts and replies.
         Raises ModelError for an architecture that cannot be served.
         """
         self.model, self.chat = model, chat
@@ -141,6 +141,17 @@ class Engine:
         self._stepping = threading.RLock()
         self._staging = threading.Lock()
         self._commands = Commands(self._stepping, self._scheduler.work)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model tells apart; the tokenizer may know fewer or more."""
+        head: Tensor = self.model.get_output_embeddings().weight
+        return len(head)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Memory of the weights that were laid out once more."""
+        return self._slots.copied_bytes
 
     # Submit.
 
@@ -169,6 +180,8 @@ class Engine:
         if not 0 < length < self.max_len:
             allowed = f"1 to {self.max_len - 1}, so that one more fits"
             raise PromptTooLong(f"the prompt has {length} tokens; allowed: {allowed}")
+        if any(token >= self.vocab_size for token, _ in request.sampling.bias):
+            raise ValueError(f"a bias names a token that is not among the model's {self.vocab_size}")
         stream = Stream(request, on_event, tokens, self._drive)
         self._scheduler.submit(stream, bounded=bounded)
         return stream
@@ -311,7 +324,7 @@ class Engine:
                     return
                 slot = self._versions.reserve()
             try:
-                self._slots.write(slot, weights)  # while steps go on: no running row reads this slot
+                self._slots.write(slot, weights)  # while steps go on: what no row has chosen adds nothing
                 self._between_steps(lambda: self._probe(version, slot), timeout)
             except BaseException:
                 self._slots.clear(slot)
@@ -347,11 +360,14 @@ class Engine:
         Raises UnknownVersion.
         """
         hottest: list[tuple[int, ...]] = []
-        uid = self._versions.uid_of(self.current)
-        self._between_steps(lambda: hottest.extend(self._prefixes.hottest(uid, WARMED)), timeout)
-        until = time.monotonic() + timeout
+        uid, until = self._versions.uid_of(self.current), time.monotonic() + timeout
+        with suppress(TimeoutError):  # a step that takes so long leaves no time to warm anything
+            self._between_steps(lambda: hottest.extend(self._prefixes.hottest(uid, WARMED)), timeout)
+        sampling = Sampling(temperature=0, max_tokens=1, seed=0)
         for ids in hottest:
-            request = Request(ids[: self.max_len - 1], Sampling(max_tokens=1), version, deadline=until)
+            if time.monotonic() >= until:
+                return
+            request = Request(ids[: self.max_len - 1], sampling, version, deadline=until)
             self._submit(request, None, tokens=False, bounded=False).result()
 
     def retire(self, version: int) -> None:

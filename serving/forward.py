@@ -1,4 +1,4 @@
-"""One forward of the Hugging Face model over some of the running rows: masks, positions, logits of each last token.
+"""One forward over some of the running rows, by the Hugging Face model or its shorter spelling: logits of each last token.
 
 Axes: B rows, T tokens a row (shorter ones padded on the left, so that the last token of every row is the last column),
 K positions seen, V vocabulary.

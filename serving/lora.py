@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from serving.products import Product, out_in, siblings
 
+_NOTHING = torch.empty(0)
 BASE = -1
 """The slot index of rows that use no adapter."""
 
@@ -50,6 +51,10 @@ def target_modules(model: PreTrainedModel) -> list[str]:
 def _is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | Conv1D]:
     """True for plain linear layers; subclasses with a forward of their own (a router, say) do something else."""
     return module is not None and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+class Unfit(ValueError):
+    """Adapter weights that do not fit the slots; the message says why, and what would."""
 
 
 class Slots:
@@ -94,10 +99,10 @@ class Slots:
 
     @torch.no_grad()
     def write(self, slot: int, weights: AdapterWeights) -> None:
-        """Copy an adapter into a slot, in the model's type, scaling folded into B, smaller ranks padded with zeros.
+        """Copy an adapter into a slot, scaling folded into B, smaller ranks padded with zeros.
 
-        Raises ValueError for an unknown module, a wrong shape, too large a rank or what is not finite in the model's
-        type; the slot is then unchanged.
+        Raises Unfit for an unknown module, a wrong shape, too large a rank or what is not finite; the slot is then
+        unchanged.
         """
         fitting = {path: self._fitting(path, *pair, weights.scaling_of(path)) for path, pair in weights.tensors.items()}
         for path, (site, member) in self._sites.items():
@@ -124,11 +129,13 @@ class Slots:
     def product(self, paths: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """What these modules make of one input within `chosen`, adapters included, side by side in the last axis.
 
-        Raises ValueError when one of them has no slot.
+        Raises ValueError when one of them has no slot, or shares a product with others or in another order.
         """
         if missing := [path for path in paths if path not in self._sites]:
             raise ValueError(f"{missing} have no slots")
         sites = list(dict.fromkeys(self._sites[path][0] for path in paths))
+        if [path for path, (site, _) in self._sites.items() if site in sites] != list(paths):
+            raise ValueError(f"{list(paths)} are not what is multiplied together")
         if len(sites) == 1:
             return sites[0].product
         return lambda x: torch.cat([site.product(x) for site in sites], -1)
@@ -141,20 +148,20 @@ class Slots:
         self._all.clear()
 
     def _fitting(self, path: str, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """A and B as the slots hold them, or ValueError."""
+        """A and B as the slots hold them, or Unfit."""
         if path not in self._sites:
-            raise ValueError(f"the adapter changes {path!r}, which has no slot; allowed: {sorted(self._sites)}")
+            raise Unfit(f"the adapter changes {path!r}, which has no slot; allowed: {sorted(self._sites)}")
         site, member = self._sites[path]
         rank, outputs = a.shape[0], site.outputs[member]
         if tuple(a.shape) != (rank, site.inputs) or tuple(b.shape) != (outputs, rank):
             shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
             expected = f"A ({rank}, {site.inputs}) and B ({outputs}, {rank})"
-            raise ValueError(f"{path}: {shapes} do not fit; expected {expected}")
+            raise Unfit(f"{path}: {shapes} do not fit; expected {expected}")
         if rank > self.rank:
-            raise ValueError(f"{path}: rank {rank} is above the slots' rank; allowed: at most {self.rank}")
+            raise Unfit(f"{path}: rank {rank} is above the slots' rank; allowed: at most {self.rank}")
         a, b = a.to(site.dtype), (b * scaling).to(site.dtype)
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise ValueError(f"{path}: A or B holds numbers that are not finite as {site.dtype}")
+            raise Unfit(f"{path}: A or B holds numbers that are not finite as {site.dtype}")
         return a, b
 
 
@@ -212,7 +219,7 @@ class _Site:
         self._x: Tensor | None = None
         """What was read last, until each module has had its part of the result; in which forward that was."""
         self._when = 0
-        self._y = torch.empty(0)
+        self._y = _NOTHING
         for member, module in enumerate(modules):
             vars(module)["forward"] = self._wrap(member, module.forward)  # found before the class's own
 
@@ -246,7 +253,7 @@ class _Site:
                 self._x, self._y, self._when = x, self.product(x), selection.forwards
             y = self._y[..., cut]
             if member == last:
-                self._x, self._y = None, y
+                self._x, self._y = None, _NOTHING
             return y
 
         return forward
@@ -271,5 +278,8 @@ class _Site:
         """A and B of these slots, as one product each."""
         if live not in self._flat:
             first, end = live
-            self._flat[live] = self._a_ISR[:, first:end].flatten(1), self._b_SRO[first:end].flatten(0, 1)
+            self._flat[live] = (
+                self._a_ISR[:, first:end].view(self.inputs, -1),
+                self._b_SRO[first:end].view(-1, sum(self.outputs)),
+            )
         return self._flat[live]

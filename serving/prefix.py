@@ -72,7 +72,8 @@ class PrefixCache:
     def hottest(self, uid: int, count: int) -> list[tuple[int, ...]]:
         """The beginnings that prompts of a version shared most often, each as long as it was shared."""
         of_serial = {block.serial: (key, block) for key, block in self._known.items() if key[0] == uid}
-        inner = {key[1] for key, block in of_serial.values() if block.hits}
+        # a block that is always followed by the same one is no end
+        inner = {key[1] for key, block in of_serial.values() if key[1] and block.hits == of_serial[key[1]][1].hits}
         ends = [(block.hits, serial) for serial, (_, block) in of_serial.items() if block.hits and serial not in inner]
         found = []
         for _, serial in sorted(ends, reverse=True)[:count]:

@@ -172,7 +172,7 @@ def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
             rows=config.max_rows,
             max_len=_max_len(config, model.config),
             max_waiting=config.max_waiting,
-            packed=True,
+            packed=config.packed,
             prefix_tokens=config.prefix_tokens,
         )
         base = describe_base(model, chat, folder)
@@ -182,10 +182,13 @@ def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
         raise CannotStart(
             Exit.MODEL,
             f"the engine cannot be set up: {str(error).splitlines()[0]}; "
-            f"HEED_MAX_ROWS={config.max_rows} and HEED_MAX_MODEL_LEN={config.max_model_len} may be too much for the memory",
+            f"HEED_MAX_ROWS={config.max_rows}, HEED_MAX_MODEL_LEN={config.max_model_len} and "
+            f"HEED_PREFIX_TOKENS={config.prefix_tokens} may be too much for the memory",
         ) from error
     told = partial(on_swap, wiring)
     swapper = Swapper(wiring.store, engine, base, on_activated=told, on_failed=told, on_drained=told)
+    if engine.copied_bytes:
+        _log.info("The weights are laid out once more for fast products: %.0f MB.", engine.copied_bytes / 1e6)
     engine.start()
     swapper.start()
     return Speaker(engine, chat, base, swapper, folder)

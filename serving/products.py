@@ -14,6 +14,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from serving.model import ModelError
+
 
 class Product:
     """y = x·Wᵀ + bias for the weights of several layers at once, their outputs side by side."""
@@ -30,7 +32,7 @@ class Product:
                     for weight, bias in zip(weights, biases, strict=True)
                 ]
             )
-        self._packed = weight_OI.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._packed = weight_OI.device.type == "cpu" and _can_lay_out(weight_OI.dtype)
         if self._packed:
             weight_OI = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
         else:
@@ -46,6 +48,17 @@ class Product:
         return linear(x, self._weight, self._bias)
 
 
+def _can_lay_out(dtype: torch.dtype) -> bool:
+    """True when oneDNN has kernels for this type on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
 def _share(modules: Sequence[nn.Linear | Conv1D], weight_OI: Tensor) -> None:
     """Let the modules' weights be parts of the one tensor, so that there is no second copy of them."""
     start = 0
@@ -59,7 +72,7 @@ def _share(modules: Sequence[nn.Linear | Conv1D], weight_OI: Tensor) -> None:
 def siblings(model: PreTrainedModel, targets: Collection[str]) -> list[list[str]]:
     """The target modules, those together that belong to one module and read the very same tensor.
 
-    Found by a forward of two tokens; modules that it does not reach stand alone.
+    Found by a forward of two tokens; modules that it does not reach stand alone. Raises ModelError when it fails.
     """
     read: list[tuple[str, Tensor]] = []
     modules = dict(model.named_modules())
@@ -70,6 +83,9 @@ def siblings(model: PreTrainedModel, targets: Collection[str]) -> list[list[str]
     try:
         with torch.inference_mode():
             model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device), use_cache=False)
+    except Exception as error:  # foreign code, of which only one thing matters: it does not run
+        name = model.config.model_type
+        raise ModelError(f"a {name} model cannot be served: {type(error).__name__}: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -56,7 +56,7 @@ class Sampling:
 
     @property
     def full_support(self) -> bool:
-        """True when every token of the vocabulary can be drawn, about as often as the model says."""
+        """True when every token of the vocabulary can be drawn, and none was favoured by name."""
         return not self.greedy and not self.restricted and not self.bias
 
     @property
@@ -95,7 +95,7 @@ class RowSampling:
         self.biased_R = torch.tensor([i for i, row in enumerate(rows) if row.bias], dtype=torch.int64, device=device)
         biases = [(i, token, value) for i, row in enumerate(rows) for token, value in row.bias]
         self.bias_row_N, self.bias_id_N = (torch.tensor([bias[k] for bias in biases], device=device) for k in (0, 1))
-        self.bias_N = torch.tensor([bias[2] for bias in biases], device=device)
+        self.bias_N = torch.tensor([bias[2] for bias in biases], dtype=torch.float32, device=device)
         self.top = max((row.top_logprobs for row in rows), default=0)
 
 
@@ -115,8 +115,8 @@ class Sampled:
 def sample(logits_BV: Tensor, rows: RowSampling, steps: Sequence[int]) -> Sampled:
     """Draw one token a row. `steps`: the tokens each row's reply has already; with its seed they decide the draw."""
     if rows.likeliest and not rows.top:
-        best_B, ids_B = logits_BV.float().max(dim=-1)
-        raw_B = best_B - logits_BV.float().logsumexp(dim=-1)
+        ids_B = logits_BV.argmax(dim=-1)
+        raw_B = torch.log_softmax(logits_BV.float(), dim=-1).gather(1, ids_B[:, None])[:, 0]
         return _sampled(ids_B, raw_B, torch.zeros_like(raw_B), None)
     u_B = uniform(rows.seed_B, torch.tensor(steps, dtype=torch.int64, device=rows.device))
     if rows.plain and not rows.top:
@@ -125,10 +125,11 @@ def sample(logits_BV: Tensor, rows: RowSampling, steps: Sequence[int]) -> Sample
         raw_B = processed_B = probs_BV.gather(1, ids_B[:, None])[:, 0].log()
         top = None
     else:
-        raw_BV = torch.log_softmax(logits_BV.float(), dim=-1)
-        biased_BV = _add_bias(raw_BV, rows) if rows.biased_R.numel() else raw_BV
+        raw_BV = biased_BV = torch.log_softmax(logits_BV.float(), dim=-1)
+        if rows.biased_R.numel():
+            logits_BV, biased_BV = _add_bias(logits_BV.float(), raw_BV, rows)
         processed_BV = _process(biased_BV, rows)
-        ids_B = torch.where(rows.greedy_B, biased_BV.argmax(dim=-1), _draw(processed_BV.exp(), u_B))
+        ids_B = torch.where(rows.greedy_B, logits_BV.argmax(dim=-1), _draw(processed_BV.exp(), u_B))
         raw_B = raw_BV.gather(1, ids_B[:, None])[:, 0]
         processed_B = processed_BV.gather(1, ids_B[:, None])[:, 0].masked_fill(rows.greedy_B, 0.0)
         top = _likeliest(raw_BV, rows.top)
@@ -173,11 +174,12 @@ def _first_above(rising_BN: Tensor, target_B1: Tensor) -> Tensor:
     return torch.searchsorted(rising_BN, target_B1, right=True).clamp_(max=rising_BN.shape[1] - 1)
 
 
-def _add_bias(raw_BV: Tensor, rows: RowSampling) -> Tensor:
-    """Log-probs after the rows' biases; rows without one stay as they are, to the last bit."""
-    biased_BV = raw_BV.index_put((rows.bias_row_N, rows.bias_id_N), rows.bias_N, accumulate=True)
-    biased_BV[rows.biased_R] = torch.log_softmax(biased_BV[rows.biased_R], dim=-1)
-    return biased_BV
+def _add_bias(logits_BV: Tensor, raw_BV: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
+    """Logits and log-probs after the rows' biases; rows without one stay as they are, to the last bit."""
+    biased_BV = logits_BV.index_put((rows.bias_row_N, rows.bias_id_N), rows.bias_N, accumulate=True)
+    logprobs_BV = raw_BV.clone()
+    logprobs_BV[rows.biased_R] = torch.log_softmax(biased_BV[rows.biased_R], dim=-1)
+    return biased_BV, logprobs_BV
 
 
 def _process(raw_BV: Tensor, rows: RowSampling) -> Tensor:

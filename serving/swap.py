@@ -27,7 +27,7 @@ from typing import Literal
 from feedback.events import Release
 from serving.adapters import AdapterStore, BadAdapter, Base
 from serving.engine import Engine, NoFreeSlot, ProbeFailed
-from serving.lora import AdapterWeights
+from serving.lora import AdapterWeights, Unfit
 
 RETRY_S = 5.0
 """Between two attempts at a version that met a passing fault."""
@@ -153,6 +153,8 @@ class Swapper:
                 return False
             with _timed(seconds, "warm"):
                 self._engine.warm(version)
+            if self._superseded(release) and version == release.current:
+                return False  # another version is wanted by now: the next look brings it
             with _timed(seconds, "flip"):
                 self._engine.activate(version)
         except Exception as error:  # whatever is wrong with a new version, the old one goes on
@@ -199,7 +201,7 @@ class Swapper:
     def _fail(self, version: int, seconds: Mapping[str, float], error: Exception) -> None:
         self._loaded = None
         self.failures += 1
-        unforeseen = None if isinstance(error, BadAdapter | ProbeFailed | ValueError) else error
+        unforeseen = None if isinstance(error, BadAdapter | ProbeFailed | Unfit) else error
         _log.error("v%d is not served: %s v%d goes on.", version, error, self._engine.current, exc_info=unforeseen)
         self._reports.append(SwapReport(version, "failed", seconds, str(error)))
 

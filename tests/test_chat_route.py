@@ -45,6 +45,17 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
+def test_a_bias_makes_a_token_likely_and_must_name_one_that_is_there(server: Served):
+    body = {"model": "default", "messages": HELLO, "max_tokens": 3, "temperature": 0, "heed": {"ignore_eos": True}}
+    assert server.http.post("/v1/chat/completions", json=body | {"logit_bias": {"40": 100}}).status_code == 200
+    kept = server.exchanges()[-1]
+    assert (kept.content.reply_ids, kept.sampling.bias) == ((40, 40, 40), ((40, 100.0),))
+    assert not kept.sampling.full_support
+    refused = server.http.post("/v1/chat/completions", json=body | {"logit_bias": {"999999": 1}})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "logit_bias")
+    assert "this model has tokens 0 to" in error_of(refused)["message"]
+
+
 def test_no_character_of_a_reply_ends_a_line_of_the_event_stream():
     said = "".join(map(chr, [*range(0x110), 0x2028, 0x2029, 0x1F600]))
     line, *rest = _event({"content": said}).decode().splitlines()  # as httpx splits: by Unicode's line ends

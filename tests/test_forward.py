@@ -53,12 +53,15 @@ def make(settings: dict[str, Any]) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_pieces_and_adapters_agree_with_a_plain_forward(kind: str, monkeypatch: pytest.MonkeyPatch):
+UNPACKED = ("llama", "gpt2", "mixture of experts")
+
+
+@pytest.mark.parametrize(("kind", "packed"), [(k, True) for k in KINDS] + [(k, False) for k in UNPACKED])
+def test_rows_pieces_and_adapters_agree_with_a_plain_forward(kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_module, "PROMPT_TOKENS_A_STEP_UNHEARD", 40)
     model = make(KINDS[kind])
     weights = bases.adapter(model)
-    engine = Engine(model, bases.chat(), rows=3, max_len=64)
+    engine = Engine(model, bases.chat(), rows=3, max_len=64, packed=packed)
     engine.stage(1, weights)
     sampling = Sampling(max_tokens=12, ignore_eos=True)
     prompts = [tuple(range(3, 3 + length)) for length in (1, 7, 18, 33, 50)]

@@ -88,6 +88,13 @@ def test_a_prompt_longer_than_the_memory(blocks: int):
     assert len(rows.cache._known) == blocks
 
 
+def test_a_beginning_that_many_go_on_from_is_hotter_than_what_follows():
+    rows = Rows(blocks=12)
+    for number in (3, 4, 5, 3):
+        rows.read(0, 1, ids(6, number, more=1))
+    assert rows.cache.hottest(1, 5) == [ids(6), ids(6, 3)]
+
+
 def test_the_hottest_beginnings_are_those_shared_most():
     rows = Rows(blocks=12)
     for _ in range(4):

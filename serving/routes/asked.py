@@ -92,7 +92,7 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
         messages=messages,
         prompt_ids=tuple(prompt_ids),
         place=await asyncio.to_thread(wiring.board.continue_conversation, caller, messages, named),
-        sampling=_sampling(body, room, speaker.chat.vocab_size),
+        sampling=_sampling(body, room, speaker.engine.vocab_size),
         choices=body.n or 1,
         kept=body.kept,
         ask=body.kept and wiring.dice.random() < wiring.config.ask_share,
