@@ -124,13 +124,15 @@ def _fast(vocabulary: list[str], merges: list[tuple[str, str]], special: list[st
 
 def prompt(tokenizer: FastTokenizer, tokens: int, seed: int) -> tuple[str, list[int]]:
     """A user message, and the ids of the whole prompt it becomes by the chat template: exactly `tokens` of them."""
+
+    def ids_of(text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return ids
+
     draw = random.Random(seed)
-    text = ""
-    while True:
-        text += " " + draw.choice(string.ascii_lowercase)
-        messages = [{"role": "user", "content": text.strip()}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if len(ids) == tokens:
-            return text.strip(), ids
-        if len(ids) > tokens:
-            raise ValueError(f"no prompt of {tokens} tokens: the template alone takes {len(ids) - 1}")
+    letters = tokens - len(ids_of("a")) + 1  # each a token, with the space before it
+    text = " ".join(draw.choice(string.ascii_lowercase) for _ in range(letters))
+    if len(ids := ids_of(text)) != tokens:
+        raise ValueError(f"no prompt of {tokens} tokens: {letters} letters make {len(ids)}")
+    return text, ids

@@ -82,6 +82,7 @@ async def talk_and_swap(
 ) -> tuple[list[Answer], list[str], list[tuple[float, float]]]:
     """Answers, what failed, and from when to when each swap took: promoted, and first heard."""
     tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [prompt(tokenizer, PROMPT, seed)[0] for seed in range(TALKERS * 64)]  # before, since it takes time
     answers: list[Answer] = []
     failures: list[str] = []
     heard: dict[str, float] = {}
@@ -91,8 +92,7 @@ async def talk_and_swap(
         turn = 0
         while time.perf_counter() < until:
             turn += 1
-            text, ids = prompt(tokenizer, PROMPT, seed=1000 * number + turn)
-            body = server.body(text, ids, NEW, None) | {"model": "default"}
+            body = server.body(prompts[(64 * number + turn) % len(prompts)], (), NEW, None) | {"model": "default"}
             try:
                 answer = await ask(server.port, server.path, body)
                 said = json.loads(answer.last)
