@@ -34,13 +34,13 @@ format: $(VENV)/.heed-test ## put imports and layout in order
 bench: bench-learn bench-serving bench-swaps ## run the benchmarks (hours; finished parts are kept)
 
 bench-learn: $(VENV)/.heed-test ## how fast and how well it learns from thumbs (resumable)
-	$(BIN)/python benchmarks/learn_live.py
+	$(BIN)/python -m benchmarks.learn_live
 
 bench-serving: $(VENV)/.heed-test ## how fast it serves, beside other servers (which it installs: gigabytes)
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python -m benchmarks.serving
 
 bench-swaps: $(VENV)/.heed-test ## what a swap costs those who talk meanwhile
-	$(BIN)/python benchmarks/swaps.py
+	$(BIN)/python -m benchmarks.swaps
 
 soak: $(VENV)/.heed-test ## the long version of the tests that kill processes
 	HEED_SOAK=1 $(BIN)/python -m pytest -m "" --timeout=7200 tests/test_kill9.py tests/test_log_crash.py

@@ -4,9 +4,9 @@ Each cell (taste, noise, seed) starts `heed up` on a fresh data folder. 24 rater
 on replies to the first half of the built-in model's prompts; within two minutes of the last thumb, the version then
 served answers the other half ten times each. A finished cell is a line of results/learn.jsonl and is not run again.
 
-    python benchmarks/learn_live.py                                        every cell that is missing, then the table
-    python benchmarks/learn_live.py --taste emoji --seed 0 --noise 0.1     one cell
-    python benchmarks/learn_live.py --table                                the table alone
+    python -m benchmarks.learn_live                                        every cell that is missing, then the table
+    python -m benchmarks.learn_live --taste emoji --seed 0 --noise 0.1     one cell
+    python -m benchmarks.learn_live --table                                the table alone
 """
 
 from __future__ import annotations
@@ -32,15 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deploy.client import Client, Reply
+from deploy.local import answers as is_there
+from feedback.raters import crowd, taste
+from learner import corpus
+from serving.model import find_model
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # before this folder, whose serving.py is not the package
-
-from deploy.client import Client, Reply  # noqa: E402
-from deploy.local import answers as is_there  # noqa: E402
-from feedback.raters import crowd, taste  # noqa: E402
-from learner import corpus  # noqa: E402
-from serving.model import find_model  # noqa: E402
-
 TASTES = ("emoji", "bulleted", "short+prose", "personal+casual")
 """Two single ones and two conjunctions, among those that 20–45% of the base's replies satisfy."""
 PLAN = [(name, noise, seed) for noise, seed in ((0.1, 0), (0.25, 0), (0.1, 1), (0.1, 2)) for name in TASTES]

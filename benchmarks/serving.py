@@ -4,9 +4,9 @@ Random-weight models in two shapes; prompts of 64 tokens, 64 new ones, greedy, e
 HTTP to a client on the same cores. Every server is started once and stopped (SIGSTOP) while another is measured; the
 runs are interleaved, and the table shows medians. Each run is a line of results/serving.jsonl.
 
-    python benchmarks/serving.py                               everything
-    python benchmarks/serving.py --shape S --server heed       one of them
-    python benchmarks/serving.py --table                       the table of what is there
+    python -m benchmarks.serving                               everything
+    python -m benchmarks.serving --shape S --server heed       one of them
+    python -m benchmarks.serving --table                       the table of what is there
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from benchmarks import limits
+from benchmarks.load import Answer, quantile, talk
+from benchmarks.peers import PEERS
+from benchmarks.servers import CACHE, Heed, NotHere, Server
+from benchmarks.shapes import SHAPES, Shape, make, prompt
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # before this folder, whose serving.py is not the package
-
-from benchmarks import limits  # noqa: E402
-from benchmarks.load import Answer, quantile, talk  # noqa: E402
-from benchmarks.peers import CACHE, PEERS, Heed, NotHere, Server  # noqa: E402
-from benchmarks.shapes import SHAPES, Shape, make, prompt  # noqa: E402
-
 PROMPT, NEW = 64, 64
 AT_ONCE = (1, 8, 32)
 RUNS = 5
@@ -127,8 +126,8 @@ def one_run(server: Server, shape: Shape, at_once: int, rounds: int, run: int) -
     tokenizer = AutoTokenizer.from_pretrained(server.model)
     bodies = []
     for i in range(rounds * at_once):
-        text, ids = prompt(tokenizer, PROMPT, seed=1_000_000 * run + i)
-        bodies.append(server.body(text, ids, NEW, i % 2 if server.adapters else None))
+        asked = prompt(tokenizer, PROMPT, seed=1_000_000 * run + i)
+        bodies.append(server.body(asked, NEW, i % 2 if server.adapters else None))
     answers, seconds = talk(server.port, server.path, bodies, at_once)
     tokens = sum(server.count(answer) for answer in answers)
     if tokens != len(answers) * NEW:

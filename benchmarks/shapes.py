@@ -122,8 +122,16 @@ def _fast(vocabulary: list[str], merges: list[tuple[str, str]], special: list[st
     )
 
 
-def prompt(tokenizer: FastTokenizer, tokens: int, seed: int) -> tuple[str, list[int]]:
-    """A user message, and the ids of the whole prompt it becomes by the chat template: exactly `tokens` of them."""
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A user message, and the ids of the whole prompt it becomes by the chat template: servers ask for one or the other."""
+
+    text: str
+    ids: list[int]
+
+
+def prompt(tokenizer: FastTokenizer, tokens: int, seed: int) -> Prompt:
+    """A prompt of exactly `tokens` ids."""
 
     def ids_of(text: str) -> list[int]:
         messages = [{"role": "user", "content": text}]
@@ -135,4 +143,4 @@ def prompt(tokenizer: FastTokenizer, tokens: int, seed: int) -> tuple[str, list[
     text = " ".join(draw.choice(string.ascii_lowercase) for _ in range(letters))
     if len(ids := ids_of(text)) != tokens:
         raise ValueError(f"no prompt of {tokens} tokens: {letters} letters make {len(ids)}")
-    return text, ids
+    return Prompt(text, ids)

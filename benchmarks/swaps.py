@@ -3,7 +3,7 @@
 Counts what went wrong, compares the gaps between tokens that overlap a swap with all others, and scores every kept
 reply again by a plain forward of the version it names.
 
-    python benchmarks/swaps.py [--seconds 60] [--shape S]
+    python -m benchmarks.swaps [--seconds 60] [--shape S]
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import tempfile
 import time
 import urllib.request
@@ -25,18 +24,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # before this folder, whose serving.py is not the package
-
-from benchmarks.load import Answer, ask, quantile  # noqa: E402
-from benchmarks.peers import CACHE, Heed  # noqa: E402
-from benchmarks.shapes import SHAPES, make, prompt  # noqa: E402
-from feedback.config import FeedbackConfig  # noqa: E402
-from feedback.events import EXCHANGES, Exchange, parse_event  # noqa: E402
-from feedback.log import open_log  # noqa: E402
-from serving.adapters import AdapterStore  # noqa: E402
-from serving.base import describe_base  # noqa: E402
-from serving.engine import load_model  # noqa: E402
+from benchmarks.load import Answer, ask, quantile
+from benchmarks.servers import CACHE, Heed
+from benchmarks.shapes import SHAPES, make, prompt
+from feedback.config import FeedbackConfig
+from feedback.events import EXCHANGES, Exchange, parse_event
+from feedback.log import open_log
+from serving.adapters import AdapterStore
+from serving.base import describe_base
+from serving.engine import load_model
 
 TALKERS, EVERY_S, PROMPT, NEW = 16, 2.0, 64, 64
 Json = dict[str, Any]
@@ -82,7 +78,7 @@ async def talk_and_swap(
 ) -> tuple[list[Answer], list[str], list[tuple[float, float]]]:
     """Answers, what failed, and from when to when each swap took: promoted, and first heard."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts = [prompt(tokenizer, PROMPT, seed)[0] for seed in range(TALKERS * 64)]  # before, since it takes time
+    prompts = [prompt(tokenizer, PROMPT, seed) for seed in range(TALKERS * 64)]  # before, since it takes time
     answers: list[Answer] = []
     failures: list[str] = []
     heard: dict[str, float] = {}
@@ -92,7 +88,7 @@ async def talk_and_swap(
         turn = 0
         while time.perf_counter() < until:
             turn += 1
-            body = server.body(prompts[(64 * number + turn) % len(prompts)], (), NEW, None) | {"model": "default"}
+            body = server.body(prompts[(64 * number + turn) % len(prompts)], NEW, None) | {"model": "default"}
             try:
                 answer = await ask(server.port, server.path, body)
                 said = json.loads(answer.last)

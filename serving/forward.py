@@ -31,7 +31,7 @@ class Forward:
         self._column_K = torch.arange(max_len, device=model.device)
         try:
             self._decoder: Decoder | None = Decoder(model, slots, self.kv)
-        except ValueError:  # a model of another build: its own forward does it
+        except ValueError:  # a model of another build, or not all layers have slots: its own forward does it
             self._decoder = None
 
     def run(self, first: int, ids: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int]) -> Tensor:

@@ -202,11 +202,11 @@ def test_modules_that_read_the_same_tensor_share_a_product():
 def test_a_module_asked_out_of_turn_still_gets_its_own_part():
     model = bases.llama()
     attention = model.model.layers[0].self_attn
-    with_slots(model).chosen([BASE], width=2).__enter__()
     x, other = torch.randn(2, 1, 2, 32)
-    attention.q_proj(x)
-    torch.testing.assert_close(attention.v_proj(other), other @ attention.v_proj.weight.T)
-    torch.testing.assert_close(attention.k_proj(x), x @ attention.k_proj.weight.T)
+    with with_slots(model).chosen([BASE], width=2):
+        attention.q_proj(x)
+        torch.testing.assert_close(attention.v_proj(other), other @ attention.v_proj.weight.T)
+        torch.testing.assert_close(attention.k_proj(x), x @ attention.k_proj.weight.T)
 
 
 class Flattening(nn.Module):
