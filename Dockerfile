@@ -5,6 +5,9 @@ FROM python:3.12-slim-bookworm
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
+# The compiler is for the native step (serving/native.py), which is made for the processor it will run on.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 RUN pip install --index-url "$TORCH_INDEX" "torch~=2.13.0"
 
 WORKDIR /src

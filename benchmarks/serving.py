@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import statistics
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks import limits
-from benchmarks.load import Answer, quantile, talk
+from benchmarks.load import Answer, quantile
 from benchmarks.peers import PEERS
 from benchmarks.servers import CACHE, Heed, NotHere, Server
 from benchmarks.shapes import SHAPES, Shape, make, prompt
@@ -128,7 +129,7 @@ def one_run(server: Server, shape: Shape, at_once: int, rounds: int, run: int) -
     for i in range(rounds * at_once):
         asked = prompt(tokenizer, PROMPT, seed=1_000_000 * run + i)
         bodies.append(server.body(asked, NEW, i % 2 if server.adapters else None))
-    answers, seconds = talk(server.port, server.path, bodies, at_once)
+    answers, seconds = server.talk(bodies, at_once)
     tokens = sum(server.count(answer) for answer in answers)
     if tokens != len(answers) * NEW:
         raise RuntimeError(f"{server.name}: {tokens} tokens came, {len(answers) * NEW} were asked for")
@@ -147,10 +148,9 @@ def _latencies(answers: Sequence[Answer]) -> Json:
     first = [answer.first_token for answer in answers]
     gaps = [gap for answer in answers for gap in answer.gaps]
     return {
-        "first_token_p50": quantile(first, 0.5),
-        "first_token_p99": quantile(first, 0.99),
-        "inter_token_p50": quantile(gaps, 0.5),
-        "inter_token_p99": quantile(gaps, 0.99),
+        f"{name}_p{share}": quantile(values, share / 100) if values else math.nan
+        for name, values in (("first_token", first), ("inter_token", gaps))
+        for share in (50, 99)
     }
 
 
@@ -195,7 +195,7 @@ def _median(cell: Sequence[Json], server: str, column: str) -> float:
 
 def _pair(cell: Sequence[Json], server: str, column: str) -> str:
     p50, p99 = (_median(cell, server, f"{column}_{share}") * 1000 for share in ("p50", "p99"))
-    return f"{p50:.1f} / {p99:.1f} ms"
+    return "–" if math.isnan(p50) else f"{p50:.1f} / {p99:.1f} ms"
 
 
 if __name__ == "__main__":

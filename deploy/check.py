@@ -116,10 +116,11 @@ def clock(config: LearnerConfig) -> Iterator[Finding]:
 def model_and_adapters(config: LearnerConfig, adapters: bool) -> Iterator[Finding]:
     from deploy.versions import store_of, verify
     from serving.base import describe_base
-    from serving.model import find_model, load_model
+    from serving.model import find_model
+    from serving.process import load_base
 
     started = time.monotonic()
-    model, chat = load_model(config.serving.model, config.serving.device, config.serving.dtype)
+    model, chat = load_base(config.serving)
     took = time.monotonic() - started
     named = config.serving.model or "the built-in heed-tiny"
     yield Finding("model", "ok", f"{named}: {model.num_parameters() / 1e6:,.1f} M parameters, loaded in {took:.1f} s")

@@ -62,6 +62,8 @@ class Trainer:
         """Load the base. Raises ModelError."""
         serving = config.serving
         model, self.chat = load_model(serving.model, serving.device, serving.dtype)
+        if model.device.type == "cpu":
+            model = model.float()  # training in half types would be slower here, and less exact
         self.config = config
         self.base: Base = describe_base(model, self.chat, serving.model)
         self.model = LearnerModel(twin(model), (POLICY,), rank=RANK, scaling=SCALING, seed=config.seed)

@@ -26,7 +26,9 @@ class ServingConfig(Settings):
         description="where the model runs: auto, cpu, cuda, cuda:<index> or mps; auto takes a GPU if there is one",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="type of the base's weights; auto: float32 on a CPU, bfloat16 on a GPU"
+        "auto",
+        description="type of the base's weights; auto: bfloat16 on a GPU, and on a CPU where they are stored so and the native "
+        "step computes with them, else float32; on a CPU the learner always takes float32",
     )
     threads: int = Field(
         0, ge=0, le=1024, description="compute threads of the server; 0: as many as the processor has cores"
@@ -40,7 +42,8 @@ class ServingConfig(Settings):
     )
     packed: bool = Field(
         True,
-        description="whether to lay the weights out for fast products; on a CPU they then take twice the memory",
+        description="whether to lay the weights out for fast products where there is no native step (no C compiler, or a model "
+        "of another build than Llama's); on a CPU they then take twice the memory",
     )
     prefix_tokens: int = Field(
         16_384,

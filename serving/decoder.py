@@ -11,7 +11,7 @@ to each of these, L = X·T, D of one head, K positions seen, F feed-forward, V v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from serving.kv import KeyValueRows
-from serving.lora import Slots
+from serving.lora import Slots, target_modules
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
@@ -45,14 +45,25 @@ class _Layer:
     down: Step
 
 
+def fits(model: PreTrainedModel, targets: Collection[str]) -> bool:
+    """True for a model of the one build, all of whose linear layers but the head may carry adapters."""
+    config = model.config
+    return (
+        config.model_type in KINDS
+        and config.rope_parameters["rope_type"] in _STATIC_ROPE
+        and config.hidden_act == "silu"
+        and model.lm_head.bias is None
+        and set(targets) == set(target_modules(model))
+    )
+
+
 class Decoder:
     """The forward of one model over key/value rows."""
 
     def __init__(self, model: PreTrainedModel, slots: Slots, kv: KeyValueRows) -> None:
         """Raises ValueError for a model of another build."""
-        config = model.config
-        if config.model_type not in KINDS or config.rope_parameters["rope_type"] not in _STATIC_ROPE:
-            raise ValueError(f"{config.model_type}; allowed: {KINDS} with {_STATIC_ROPE} positions")
+        if not fits(model, slots.targets):
+            raise ValueError(f"{model.config.model_type}; allowed: {KINDS}, with slots beside all linear layers")
         inner: Any = model.model
         self._kv, self._embed, self._head, self._norm = kv, inner.embed_tokens, model.lm_head, _norm(inner.norm)
         self._layers = [_layer(layer, f"model.layers.{i}", slots) for i, layer in enumerate(inner.layers)]

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from serving.commands import Commands
 from serving.forward import Forward
 from serving.lora import AdapterWeights, Slots, target_modules
 from serving.model import ModelError, fingerprint, load_model, twin
+from serving.native import Native, one_thread
 from serving.prefix import PrefixCache
 from serving.queueing import QueueFull
 from serving.reply import Reply
@@ -111,20 +112,24 @@ class Engine:
         targets: Collection[str] | None = None,
         seed: int | None = None,
         packed: bool = False,
+        native: bool = True,
         prefix_tokens: int = 0,
     ) -> None:
         """`rows` replies at once of up to `max_len` ids, prompt included; `slots` adapters of up to `rank` beside them.
 
         `targets`: modules that may carry an adapter, by default all linear layers but the head. `seed` makes the
-        replies to requests without a seed repeatable. `packed`: lay the weights of all linear layers out for fast
+        replies to requests without a seed repeatable. `native`: use the compiled step (serving/native.py) where there
+        is one for this model and machine; where not, and `packed`: lay the weights of all linear layers out for fast
         products, which on a CPU takes as much memory again. `prefix_tokens`: how many to remember of earlier prompts and replies.
         Raises ModelError for an architecture that cannot be served.
         """
         self.model, self.chat = model, chat
         self.rows, self.max_len, self.max_waiting = rows, max_len, max_waiting
         targets = target_modules(model) if targets is None else targets
-        self._slots = Slots(model, targets, slots, rank, packed=packed)
-        self._forward = Forward(model, self._slots, rows, max_len)
+        library = Native.library(model, targets) if native else None
+        self._slots = Slots(model, targets, slots, rank, packed=packed and library is None)
+        self._forward = Forward(model, self._slots, rows, max_len, library)
+        self._threads = nullcontext if library is None else one_thread
         with torch.inference_mode():
             self._forward.check()
         self._versions = Versions(slots)
@@ -191,7 +196,7 @@ class Engine:
     def step(self) -> bool:
         """One step by hand, for an engine without a thread; False when nothing is left to do."""
         with self._stepping:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._threads():
                 self._commands.run()
                 for reply, why in self._scheduler.unwanted():
                     self._end(reply, "abort", why)
@@ -419,6 +424,7 @@ class Engine:
             self._thread = None
         self._end_all("abort", "the engine was closed")
         self._slots.remove()
+        self._forward.close()
 
     def stats(self) -> EngineStats:
         """Numbers for metrics, of a moment that may lie within a step."""

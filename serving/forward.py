@@ -7,32 +7,43 @@ K positions seen, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import CDLL
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from serving.decoder import Decoder
-from serving.kv import KeyValueRows, layer_shapes
+from serving.decoder import Decoder, fits
+from serving.kv import KeyValueRows, given_cache, layer_shapes
 from serving.lora import BASE, Slots
 from serving.model import ModelError
+from serving.native import Native
 
 
 class Forward:
     """The model with its key/value rows and adapter slots. One forward at a time."""
 
-    def __init__(self, model: PreTrainedModel, slots: Slots, rows: int, max_len: int) -> None:
-        """Raises ModelError for an architecture that cannot be served from rows."""
+    def __init__(
+        self, model: PreTrainedModel, slots: Slots, rows: int, max_len: int, library: CDLL | None = None
+    ) -> None:
+        """`library`: of the native step, where there is one.
+
+        Raises ModelError for an architecture that cannot be served from rows.
+        """
         self.model, self.slots = model, slots
         shapes = layer_shapes(model)
         self.kv = KeyValueRows(shapes, rows, max_len, model.dtype, model.device)
         windows = [s.window if s.window is not None and s.window < max_len else None for s in shapes]
         self._windows = dict(zip(_mask_names(model, windows), windows, strict=True))
         self._column_K = torch.arange(max_len, device=model.device)
-        try:
-            self._decoder: Decoder | None = Decoder(model, slots, self.kv)
-        except ValueError:  # a model of another build, or not all layers have slots: its own forward does it
-            self._decoder = None
+        self._given_cache = given_cache(model, self.kv)
+        self._native = Native(library, model, slots, self.kv, shapes) if library is not None else None
+        self._decoder = Decoder(model, slots, self.kv) if fits(model, slots.targets) else None
+
+    def close(self) -> None:
+        """End the threads of its own."""
+        if self._native is not None:
+            self._native.close()
 
     def run(self, first: int, ids: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int]) -> Tensor:
         """Logits after the last id of each row; logits_BV.
@@ -40,6 +51,8 @@ class Forward:
         `ids`: the next ids of rows first, first+1, …; `starts`: how many positions each of these rows holds already;
         `slots`: the adapter slot of each.
         """
+        if self._native is not None:
+            return self._native(first, ids, starts, slots)
         width = max(len(row) for row in ids)
         padding = [width - len(row) for row in ids]
         read = max(start + len(row) for start, row in zip(starts, ids, strict=True))
@@ -62,18 +75,20 @@ class Forward:
                 input_ids=ids_BT,
                 position_ids=position_BT,
                 attention_mask=mask,
-                past_key_values=self.kv,
                 use_cache=True,
                 logits_to_keep=1,
+                **self._given_cache,
             )
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
     def probe(self, slot: int, ids: Sequence[int]) -> bool:
-        """True when every logit of these ids is finite with this slot; no row is touched."""
-        with self.slots.chosen([slot], len(ids)):
-            output = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device), use_cache=False)
-        return bool(torch.isfinite(output.logits).all())
+        """True when the logits after these ids are finite with this slot; no reply's row is touched."""
+        spare = self.kv.rows
+        try:
+            return bool(torch.isfinite(self.run(spare, [ids], [0], [slot])).all())
+        finally:
+            self.kv.wipe(spare, len(ids))
 
     def check(self) -> None:
         """Compare the logits of a few ids, read piece by piece into rows, with those of a plain forward.

@@ -7,6 +7,7 @@ masked (0 · NaN is NaN).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     name = model.config.model_type
     try:
         with torch.inference_mode():
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, use_cache=True, **given_cache(model, cache))
     except Exception as error:  # foreign code, of which only one thing matters: it does not run
         raise ModelError(f"a {name} model cannot be served: {type(error).__name__}: {error}") from error
     shapes = []
@@ -56,13 +57,19 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     return shapes
 
 
+def given_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """A cache as the model's forward names it: `cache` since transformers 5.24, `past_key_values` before."""
+    new = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if new else "past_key_values": cache}
+
+
 class KeyValueRows(Cache):
     """A transformers Cache over fixed rows. `aim` says which rows and positions the next forward writes and reads."""
 
     def __init__(
         self, shapes: list[LayerShape], rows: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Room for `rows` replies of `length` positions each, prompt included."""
+        """Room for `rows` replies of `length` positions each, prompt included; and for one more, to try things in."""
         self.rows, self.length = rows, length
         self._zeroed = 0
         wanted = [(s.heads, d) for s in shapes for d in (s.key_dim, s.value_dim)]
@@ -72,7 +79,7 @@ class KeyValueRows(Cache):
             members = [i for i, w in enumerate(wanted) if w == kind]
             heads, dim = kind
             # one position more than a row can hold: padding is written there and never read
-            block = torch.empty((len(members), rows, heads, length + 1, dim), dtype=dtype, device=device)
+            block = torch.empty((len(members), rows + 1, heads, length + 1, dim), dtype=dtype, device=device)
             self._blocks.append(block)
             places.update(zip(members, block, strict=True))
         self._layers = [_RowsLayer(places[2 * i], places[2 * i + 1]) for i in range(len(shapes))]
@@ -84,7 +91,7 @@ class KeyValueRows(Cache):
         place_BT: the position at which each token's key and value go; `length` for padding. `read`: attention sees the
         positions 0 … read-1.
         """
-        self._zero_up_to(read)
+        self.reach(read)
         count = place_BT.shape[0]
         row_B11 = torch.arange(first, first + count, device=place_BT.device)[:, None, None]
         flat: dict[int, Tensor] = {}
@@ -96,19 +103,23 @@ class KeyValueRows(Cache):
                 flat[heads] = flat_BHT.flatten()
             layer.aim(slice(first, first + count), flat[heads], read)
 
+    def memory(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Where a layer's keys and values lie, each [rows + 1, heads, length + 1, dim]."""
+        return self._layers[layer].keys, self._layers[layer].values
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, heads, T, dim] of a layer where `aim` points; what attention sees there."""
         return self._layers[layer].update(keys, values)
 
     def copy(self, source: int, target: int, used: int) -> None:
         """Copy the first `used` positions of a row over a free row."""
-        self._zero_up_to(used)
+        self.reach(used)
         for block in self._blocks:
             block[:, target, :, :used] = block[:, source, :, :used]
 
     def swap(self, one: int, other: int, used: int) -> None:
         """Exchange the first `used` positions of two rows."""
-        self._zero_up_to(used)
+        self.reach(used)
         for block in self._blocks:
             held = block[:, one, :, :used].clone()
             block[:, one, :, :used] = block[:, other, :, :used]
@@ -127,7 +138,7 @@ class KeyValueRows(Cache):
 
     def put_blocks(self, row: int, memory: Sequence[Tensor], places: Sequence[int]) -> None:
         """Copy blocks, one after another, into a row from its beginning."""
-        self._zero_up_to(len(places) * memory[0].shape[3])
+        self.reach(len(places) * memory[0].shape[3])
         for block, held in zip(self._blocks, memory, strict=True):
             found = held[:, places].transpose(1, 2)  # [layers · 2, heads, blocks, size, dim]
             block[:, row, :, : len(places) * held.shape[3]] = found.flatten(2, 3)
@@ -139,7 +150,8 @@ class KeyValueRows(Cache):
             piece = block[:, row, :, start : start + len(places) * size]
             held[:, places] = piece.unflatten(2, (len(places), size)).transpose(1, 2)
 
-    def _zero_up_to(self, read: int) -> None:
+    def reach(self, read: int) -> None:
+        """Positions 0 … read-1 may be written or read from now on: what was never used before is zeroed first."""
         if read > self._zeroed:
             upper = min(self.length, -(-read // _ZEROED_AT_ONCE) * _ZEROED_AT_ONCE)
             for block in self._blocks:

@@ -1,6 +1,6 @@
 """Adapter slots on an unmodified Hugging Face model: several LoRA adapters stay loaded, each row of a batch picks one.
 
-Beside the target linears lie stacked `A[in, S, R]` and `B[S, R, out]` for S slots; those that read the same input (q, k
+Beside the target linears lie stacked `A[S, R, in]` and `B[S, R, out]` for S slots; those that read the same input (q, k
 and v; gate and up) share one A and one B, so that they cost as much as one. A forward multiplies the slots in use with
 every row, and puts zero where a row uses another slot: `masked_fill`, since 0 · NaN is NaN, and adapters must be finite.
 So nothing that one adapter makes can reach a neighbour. While no slot is in use, adapters cost nothing.
@@ -17,6 +17,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -81,9 +82,8 @@ class Slots:
             if not _is_linear(modules.get(path)):
                 allowed = target_modules(model)
                 raise ValueError(f"{path!r} is no linear layer of {type(model).__name__}; allowed: {allowed}")
-        groups = siblings(model, targets) if packed else [[path] for path in targets]
         self._sites: dict[str, tuple[_Site, int]] = {}
-        for paths in groups:
+        for paths in siblings(model, targets):
             members = [modules[path] for path in paths]
             site = _Site(members, count, rank, self._selection, packed=packed)
             self._sites |= {path: (site, i) for i, path in enumerate(paths)}
@@ -91,6 +91,11 @@ class Slots:
         head = model.get_output_embeddings()
         if packed and _is_linear(head):
             self._all.append(_Site([head], 0, 0, self._selection, packed=True))
+
+    @property
+    def targets(self) -> Collection[str]:
+        """Paths of the modules that have slots."""
+        return self._sites.keys()
 
     @property
     def copied_bytes(self) -> int:
@@ -129,16 +134,17 @@ class Slots:
     def product(self, paths: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """What these modules make of one input within `chosen`, adapters included, side by side in the last axis.
 
-        Raises ValueError when one of them has no slot, or shares a product with others or in another order.
+        Raises ValueError when these are not what is multiplied together, in this order.
         """
-        if missing := [path for path in paths if path not in self._sites]:
-            raise ValueError(f"{missing} have no slots")
-        sites = list(dict.fromkeys(self._sites[path][0] for path in paths))
-        if [path for path, (site, _) in self._sites.items() if site in sites] != list(paths):
-            raise ValueError(f"{list(paths)} are not what is multiplied together")
-        if len(sites) == 1:
-            return sites[0].product
-        return lambda x: torch.cat([site.product(x) for site in sites], -1)
+        return self._together(paths).product
+
+    def stacks(self, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """A [S, R, in] and B [S, R, out] of these modules, one after another, as they are kept.
+
+        Raises ValueError like `product`.
+        """
+        site = self._together(paths)
+        return site.a_SRI, site.b_SRO
 
     def remove(self) -> None:
         """Give the model its own forwards back."""
@@ -146,6 +152,12 @@ class Slots:
             site.remove()
         self._sites.clear()
         self._all.clear()
+
+    def _together(self, paths: Sequence[str]) -> _Site:
+        found = self._sites.get(paths[0])
+        if found is None or [path for path, (site, _) in self._sites.items() if site is found[0]] != list(paths):
+            raise ValueError(f"{list(paths)} are not what is multiplied together")
+        return found[0]
 
     def _fitting(self, path: str, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """A and B as the slots hold them, or Unfit."""
@@ -209,12 +221,12 @@ class _Site:
         ends = [sum(self.outputs[: i + 1]) for i in range(len(modules))]
         self._cuts = [slice(end - size, end) for end, size in zip(ends, self.outputs, strict=True)]
         self._rank, self._selection, self._modules = rank, selection, list(modules)
-        own_forward = modules[0].forward
-        self._base: Callable[[Tensor], Tensor] = Product(modules) if packed else own_forward
+        own_forwards = [module.forward for module in modules]
+        self._base: Callable[[Tensor], Tensor] = Product(modules) if packed else _side_by_side(own_forwards)
         # R: the ranks of one module after another; B is zero where the rank of one meets the output of another
         ranks, device = len(modules) * rank, weights[0].device
-        self._a_ISR = torch.zeros(self.inputs, count, ranks, dtype=self.dtype, device=device)
-        self._b_SRO = torch.zeros(count, ranks, ends[-1], dtype=self.dtype, device=device)
+        self.a_SRI = torch.zeros(count, ranks, self.inputs, dtype=self.dtype, device=device)
+        self.b_SRO = torch.zeros(count, ranks, ends[-1], dtype=self.dtype, device=device)
         self._flat: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._x: Tensor | None = None
         """What was read last, until each module has had its part of the result; in which forward that was."""
@@ -229,13 +241,13 @@ class _Site:
 
     def write(self, slot: int, member: int, a_RI: Tensor, b_OR: Tensor) -> None:
         start, rank = member * self._rank, a_RI.shape[0]
-        self._a_ISR[:, slot, start : start + rank] = a_RI.T
-        self._b_SRO[slot, start : start + rank, self._cuts[member]] = b_OR.T
+        self.a_SRI[slot, start : start + rank] = a_RI
+        self.b_SRO[slot, start : start + rank, self._cuts[member]] = b_OR.T
 
     def clear(self, slot: int, member: int) -> None:
         ranks = slice(member * self._rank, (member + 1) * self._rank)
-        self._a_ISR[:, slot, ranks] = 0
-        self._b_SRO[slot, ranks] = 0
+        self.a_SRI[slot, ranks] = 0
+        self.b_SRO[slot, ranks] = 0
 
     def remove(self) -> None:
         for module in self._modules:
@@ -264,10 +276,10 @@ class _Site:
         if selection.live is not None and self._rank:
             # some models flatten [B, T, in] to [B·T, in] on the way: either way the tokens of a row lie together
             x_NI, y_NO = x.reshape(-1, self.inputs), y.view(-1, y.shape[-1])
-            a_IR, b_RO = self._of(selection.live)
-            low_NR = x_NI.to(self.dtype) @ a_IR
+            a_RI, b_RO = self._of(selection.live)
+            low_NR = linear(x_NI.to(self.dtype), a_RI)
             if selection.others_NS1 is not None:
-                low_NR.view(selection.tokens, -1, self._b_SRO.shape[1]).masked_fill_(selection.others_NS1, 0)
+                low_NR.view(selection.tokens, -1, self.b_SRO.shape[1]).masked_fill_(selection.others_NS1, 0)
             if y.dtype == self.dtype:
                 y_NO.addmm_(low_NR, b_RO)
             else:
@@ -279,7 +291,13 @@ class _Site:
         if live not in self._flat:
             first, end = live
             self._flat[live] = (
-                self._a_ISR[:, first:end].view(self.inputs, -1),
-                self._b_SRO[first:end].view(-1, sum(self.outputs)),
+                self.a_SRI[first:end].view(-1, self.inputs),
+                self.b_SRO[first:end].view(-1, sum(self.outputs)),
             )
         return self._flat[live]
+
+
+def _side_by_side(forwards: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    if len(forwards) == 1:
+        return forwards[0]
+    return lambda x: torch.cat([forward(x) for forward in forwards], -1)

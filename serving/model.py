@@ -79,6 +79,18 @@ def find_model(model: str | Path | None) -> Path:
         ) from error
 
 
+def stored_as_bfloat16(model: str | Path | None) -> bool:
+    """True when the files of a model hold bfloat16, by its config.json. Raises ModelError."""
+    folder = find_model(model)
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        return "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
+    except (ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{str(folder / 'config.json')!r} is no JSON object: {_one_line(error)}. {_ALLOWED}"
+        ) from error
+
+
 def fingerprint(source: str | Path | None, chat: Chat) -> str:
     """What a base is, as sha256 in hex: architecture, weights, tokenizer and chat template, wherever its files lie.
 

@@ -23,18 +23,22 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
+from transformers import PreTrainedModel
 
 from feedback.board import open_board
 from feedback.events import EXCHANGES, FEEDBACK
 from feedback.log import LogUnavailable, open_log
 from serving.adapters import AdapterStore, describe_base
 from serving.app import base_name, create_app, on_swap
+from serving.chat import Chat
 from serving.claims import LEAVING, CannotStart, hold, listen, prepare_folder
 from serving.config import ServingConfig
 from serving.engine import Engine, ModelError, load_model
 from serving.exits import Exit
 from serving.ids import Ids, load_secret
-from serving.model import find_model
+from serving.lora import target_modules
+from serving.model import find_model, stored_as_bfloat16
+from serving.native import Native
 from serving.routes.wiring import Speaker, Wiring
 from serving.swap import Swapper
 
@@ -159,12 +163,24 @@ class _Server(uvicorn.Server):
                 await asyncio.wait_for(self._wiring.settle(), SETTLE_S)
 
 
+def load_base(config: ServingConfig) -> tuple[PreTrainedModel, Chat]:
+    """The base in the type that `auto` stands for here: bfloat16 where it is stored so and computed with fast.
+
+    Raises ModelError.
+    """
+    if config.dtype == "auto" and stored_as_bfloat16(config.model):
+        model, chat = load_model(config.model, config.device, "bfloat16")
+        if model.device.type != "cpu" or Native.library(model, target_modules(model)) is not None:
+            return model, chat
+    return load_model(config.model, config.device, config.dtype)
+
+
 def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
     """Load the base, start the engine, and bring it to the version that the release names. Raises CannotStart."""
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        model, chat = load_model(config.model, config.device, config.dtype)
+        model, chat = load_base(config)
         folder = find_model(config.model)
         engine = Engine(
             model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import logging
 import math
 import random
@@ -629,6 +630,7 @@ def test_a_model_that_reads_in_pieces_otherwise_than_whole_is_refused(monkeypatc
     model = bases.gpt2(seed=3)
     right = type(model).forward
 
+    @functools.wraps(right)
     def forward(self: Any, **inputs: Any) -> Any:
         return right(self, **(inputs | {"position_ids": None}))
 

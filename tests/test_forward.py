@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from serving import engine as engine_module
+from serving.decoder import KINDS as DECODER_KINDS
 from serving.engine import Engine, Request, Sampling
 from serving.forward import Forward, _mask_names
 from serving.lora import Slots
@@ -31,6 +32,16 @@ COMMON: dict[str, Any] = {
 MIXED = ["sliding_attention", "full_attention"]
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
+    "smollm (odd sizes, biases)": {
+        "model_type": "llama",
+        "hidden_size": 54,
+        "intermediate_size": 75,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "mistral, window 9": {"model_type": "mistral", "sliding_window": 9},
@@ -38,6 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma2, mixed": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 9},
     "gemma3, mixed": {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 9, "layer_types": MIXED},
     "phi3": {"model_type": "phi3", "sliding_window": None},
+    "olmo": {"model_type": "olmo"},
     "olmo2": {"model_type": "olmo2"},
     "mixture of experts": {"model_type": "mixtral", "num_local_experts": 4},
     "opt (flattens)": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -53,15 +65,21 @@ def make(settings: dict[str, Any]) -> PreTrainedModel:
     return model.eval()
 
 
-UNPACKED = ("llama", "gpt2", "mixture of experts")
+WAYS = {"native": {"native": True}, "packed": {"native": False, "packed": True}, "plain": {"native": False}}
+CASES = [
+    *((kind, "native") for kind in KINDS if KINDS[kind]["model_type"] in DECODER_KINDS),
+    *((kind, "packed") for kind in KINDS),
+    *((kind, "plain") for kind in ("llama", "gpt2", "mixture of experts")),
+]
 
 
-@pytest.mark.parametrize(("kind", "packed"), [(k, True) for k in KINDS] + [(k, False) for k in UNPACKED])
-def test_rows_pieces_and_adapters_agree_with_a_plain_forward(kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("kind", "way"), CASES)
+def test_rows_pieces_and_adapters_agree_with_a_plain_forward(kind: str, way: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_module, "PROMPT_TOKENS_A_STEP_UNHEARD", 40)
     model = make(KINDS[kind])
     weights = bases.adapter(model)
-    engine = Engine(model, bases.chat(), rows=3, max_len=64, packed=packed)
+    engine = Engine(model, bases.chat(), rows=3, max_len=64, **WAYS[way])
+    assert (engine._forward._native is not None) == (way == "native")
     engine.stage(1, weights)
     sampling = Sampling(max_tokens=12, ignore_eos=True)
     prompts = [tuple(range(3, 3 + length)) for length in (1, 7, 18, 33, 50)]

@@ -34,7 +34,7 @@ class Rows:
             for memory in (layer.keys, layer.values):
                 for head in range(memory.shape[1]):
                     assert memory[row, head, :found, -1].tolist() == expected[:found]
-        self.kv._zero_up_to(len(ids))
+        self.kv.reach(len(ids))
         for layer in self.kv.layers:
             for memory in (layer.keys, layer.values):
                 memory[row, :, found : len(ids)] = torch.tensor(expected[found:])[:, None]

@@ -1,0 +1,552 @@
+/* One step of Llama and its kin over key/value rows on a processor: every token with an adapter of its own.
+
+serving/native.py compiles this on the machine it runs on, once for each type of weights: with -DBF16 for bfloat16, else
+for float32. All arithmetic is in float32.
+
+What comes out for a token depends on that token's row alone, to the last bit: every sum is added up in one order, whatever
+else is in the step. So a reply is the same alone or in a full batch, its prompt read whole, in pieces, or remembered.
+
+All threads walk through the same phases, with a barrier after each; within a phase they take tasks from a counter. */
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+/* Vectors, by GCC's and Clang's extension. */
+
+#ifdef __AVX512F__
+#define LANES 16
+#define COLUMNS 6 /* tokens multiplied at a time: as many as there are registers for */
+#else
+#define LANES 8
+#define COLUMNS 3
+#endif
+#define ROWS 4 /* outputs multiplied at a time */
+#define PANEL 32 /* outputs a task */
+#define TOKENS 48 /* tokens that stay in the cache while a panel goes by */
+#define inline_ static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float vec8 __attribute__((vector_size(32)));
+typedef float vec4 __attribute__((vector_size(16)));
+
+inline_ vec load(const float *p) { return *(const vec *)p; }
+inline_ void store(float *p, vec v) { *(vec *)p = v; }
+/* x * y + z, rounded once: said outright, because compilers choose place by place whether to. */
+#if defined(__AVX512F__)
+inline_ vec fused(vec x, vec y, vec z) { return (vec)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
+#elif defined(__FMA__)
+inline_ vec fused(vec x, vec y, vec z) { return (vec)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z); }
+#else
+inline_ vec fused(vec x, vec y, vec z) { return x * y + z; }
+#endif
+inline_ vec all(float x) { return x - (vec){0}; }
+
+#ifdef BF16
+typedef uint16_t weight;
+typedef uint16_t halfs __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+inline_ vec load_weight(const weight *p) { return (vec)(__builtin_convertvector(*(const halfs *)p, ivec) << 16); }
+inline_ float from_weight(weight w) {
+  uint32_t bits = (uint32_t)w << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline_ weight to_weight(float x) { /* to the nearest, ties to even; a NaN stays one */
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+#else
+typedef float weight;
+inline_ vec load_weight(const weight *p) { return load(p); }
+inline_ float from_weight(weight w) { return w; }
+inline_ weight to_weight(float x) { return x; }
+#endif
+
+inline_ float total(vec v) {
+#if LANES == 16
+  vec8 half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  vec8 half = v;
+#endif
+  vec4 quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+inline_ vec where(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
+
+/* e^x to two units in the last place (Cephes' polynomial); a NaN stays one. */
+inline_ vec exponential(vec x) {
+  x = where(x > 88.0f, all(88.0f), where(x < -87.0f, all(-87.0f), x));
+  vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounded to a whole number */
+  vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  return y * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+}
+
+/* What is computed: the model, as serving/native.py describes it. Sizes are in numbers, not bytes. */
+
+typedef struct {
+  const weight *w;   /* [outputs, inputs] */
+  const float *bias; /* [outputs] or NULL */
+  int32_t outputs;
+} Linear;
+
+typedef struct { /* linear layers that read the same input, with their adapters; ranks: of all of them together */
+  int32_t inputs, outputs, members, rank;
+  Linear member[3];
+  const float *a; /* [slots, members * rank, inputs] */
+  const float *b; /* [slots, members * rank, outputs] */
+} Site;
+
+typedef struct {
+  const float *attention_norm, *q_norm, *k_norm, *feed_norm; /* q_norm and k_norm may be NULL */
+  Site qkv, o, gate_up, down;
+  weight *keys, *values; /* [rows, kv_heads, length, dim] */
+  int32_t window;        /* positions a token sees, itself included; 0 for all */
+} Layer;
+
+typedef struct {
+  int32_t layers, hidden, heads, kv_heads, dim, feed, vocab, length;
+  float eps, scaling;
+  const weight *embedding; /* [vocab, hidden] */
+  const float *norm, *cos, *sin; /* cos, sin: [length, dim] */
+  Site head;
+  const Layer *layer;
+} Model;
+
+typedef struct {
+  int32_t count, last_count;
+  const int32_t *id, *row, *position, *slot; /* of each token; slot -1 for none */
+  const int32_t *last;                       /* the tokens whose logits are wanted */
+  float *logits;                             /* [last_count, vocab] */
+} Tokens;
+
+typedef struct {
+  Model m;
+  Tokens t;
+  int32_t threads, room, widest, narrow, deepest, ranks;
+  float *x, *h, *y, *z, *low; /* [room, …]: sum of the layers, input, output and other input of a product, A·input */
+  float *scratch;             /* of each thread */
+  size_t scratch_size;
+  pthread_t *thread;
+  pthread_mutex_t lock;
+  pthread_cond_t wake;
+  atomic_uint step, phase;
+  atomic_int arrived, next, closing;
+} Engine;
+
+typedef struct {
+  Engine *e;
+  int32_t number;
+} Worker;
+
+/* Threads. */
+
+inline_ void relax(int spins) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+  if (spins > 500) sched_yield();
+}
+
+static void barrier(Engine *e) {
+  unsigned phase = atomic_load(&e->phase);
+  if (atomic_fetch_add(&e->arrived, 1) == e->threads - 1) {
+    atomic_store(&e->arrived, 0);
+    atomic_store(&e->next, 0);
+    atomic_store(&e->phase, phase + 1);
+  } else {
+    for (int spins = 0; atomic_load(&e->phase) == phase; spins++) relax(spins);
+  }
+}
+
+inline_ int take(Engine *e) { return atomic_fetch_add_explicit(&e->next, 1, memory_order_relaxed); }
+
+/* Products: y[token][output] = w[output] · x[token], four outputs of a few tokens at a time. */
+
+#define DEFINE_TILE(name, type, load_, from_)                                                                            \
+  inline_ void name(const int rows, const int columns, int inputs, const type *w, const float *x, float *y, int width) { \
+    vec sum[ROWS][COLUMNS] = {0};                                                                                        \
+    int k = 0;                                                                                                           \
+    for (; k + LANES <= inputs; k += LANES) {                                                                            \
+      vec xs[COLUMNS];                                                                                                   \
+      _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) xs[c] = load(x + (size_t)c * inputs + k);                \
+      _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {                                                           \
+        vec ws = load_(w + (size_t)r * inputs + k);                                                                      \
+        _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) sum[r][c] = fused(ws, xs[c], sum[r][c]);                               \
+      }                                                                                                                  \
+    }                                                                                                                    \
+    _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                               \
+    _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) {                                                          \
+      float s = total(sum[r][c]);                                                                                        \
+      for (int i = k; i < inputs; i++) s = fmaf(from_(w[(size_t)r * inputs + i]), x[(size_t)c * inputs + i], s);         \
+      y[(size_t)c * width + r] = s;                                                                                      \
+    }                                                                                                                    \
+  }                                                                                                                      \
+  inline_ void name##_columns(const int rows, int columns, int inputs, const type *w, const float *x, float *y,          \
+                              int width) {                                                                               \
+    int c = 0;                                                                                                           \
+    for (; c + COLUMNS <= columns; c += COLUMNS)                                                                         \
+      name(rows, COLUMNS, inputs, w, x + (size_t)c * inputs, y + (size_t)c * width, width);                              \
+    x += (size_t)c * inputs, y += (size_t)c * width;                                                                     \
+    switch (columns - c) {                                                                                               \
+      case 1: name(rows, 1, inputs, w, x, y, width); break;                                                              \
+      case 2: name(rows, 2, inputs, w, x, y, width); break;                                                              \
+      case 3: name(rows, 3 < COLUMNS ? 3 : COLUMNS, inputs, w, x, y, width); break;                                      \
+      case 4: name(rows, 4 < COLUMNS ? 4 : COLUMNS, inputs, w, x, y, width); break;                                      \
+      case 5: name(rows, 5 < COLUMNS ? 5 : COLUMNS, inputs, w, x, y, width); break;                                      \
+    }                                                                                                                    \
+  }                                                                                                                      \
+  static void name##_panel(int rows, int columns, int inputs, const type *w, const float *x, float *y, int width) {      \
+    for (int begin = 0; begin < columns; begin += TOKENS) {                                                              \
+      int some = columns - begin < TOKENS ? columns - begin : TOKENS, r = 0;                                             \
+      const float *xs = x + (size_t)begin * inputs;                                                                      \
+      float *ys = y + (size_t)begin * width;                                                                             \
+      for (; r + ROWS <= rows; r += ROWS)                                                                                \
+        name##_columns(ROWS, some, inputs, w + (size_t)r * inputs, xs, ys + r, width);                                   \
+      for (; r < rows; r++) name##_columns(1, some, inputs, w + (size_t)r * inputs, xs, ys + r, width);                  \
+    }                                                                                                                    \
+  }
+
+#define AS_IS(x) (x)
+DEFINE_TILE(multiply_floats, float, load, AS_IS)
+#ifdef BF16
+DEFINE_TILE(multiply_weights, weight, load_weight, from_weight)
+#endif
+
+/* Some outputs of one linear layer for all tokens. */
+static void multiply_panel(const Linear *l, int begin, int rows, int inputs, const float *x, int count, float *y, int width,
+                           float *scratch) {
+  const weight *w = l->w + (size_t)begin * inputs;
+  y += begin;
+#ifdef BF16
+  if (count > 2 * COLUMNS) { /* widened once for all of them */
+    for (int i = 0; i < rows * inputs; i++) scratch[i] = from_weight(w[i]);
+    multiply_floats_panel(rows, count, inputs, scratch, x, y, width);
+  } else {
+    multiply_weights_panel(rows, count, inputs, w, x, y, width);
+  }
+#else
+  (void)scratch;
+  multiply_floats_panel(rows, count, inputs, w, x, y, width);
+#endif
+  if (l->bias)
+    for (int c = 0; c < count; c++)
+      for (int r = 0; r < rows; r++) y[(size_t)c * width + r] += l->bias[begin + r];
+}
+
+/* A·x of some tokens, those of one slot together. */
+static void multiply_a(Engine *e, const Site *s, const float *x, int begin, int end) {
+  int ranks = s->members * s->rank;
+  for (int from = begin, to; from < end; from = to) {
+    int slot = e->t.slot[from];
+    for (to = from + 1; to < end && e->t.slot[to] == slot;) to++;
+    if (slot >= 0)
+      multiply_floats_panel(ranks, to - from, s->inputs, s->a + (size_t)slot * ranks * s->inputs,
+                            x + (size_t)from * s->inputs, e->low + (size_t)from * e->ranks, e->ranks);
+  }
+}
+
+/* y = W·x and low = A·x, for all tokens; B·low comes in the next phase. */
+static void multiply(Engine *e, const Site *s, const float *x, int count, float *y, float *scratch) {
+  int most = s->outputs / (4 * e->threads) / ROWS * ROWS; /* so that each thread finds several tasks */
+  int panel = most > PANEL ? PANEL : most < ROWS ? ROWS : most;
+  int upto[3], panels = 0, together = 2 * COLUMNS;
+  for (int i = 0; i < s->members; i++) upto[i] = panels += (s->member[i].outputs + panel - 1) / panel;
+  int tasks = panels + (s->rank ? (count + together - 1) / together : 0);
+  for (int task; (task = take(e)) < tasks;) {
+    if (task >= panels) {
+      int begin = (task - panels) * together;
+      multiply_a(e, s, x, begin, begin + together < count ? begin + together : count);
+      continue;
+    }
+    int i = 0, before = 0;
+    float *to = y;
+    for (; task >= upto[i]; i++) before = upto[i], to += s->member[i].outputs;
+    const Linear *l = &s->member[i];
+    int begin = (task - before) * panel, rows = l->outputs - begin < panel ? l->outputs - begin : panel;
+    multiply_panel(l, begin, rows, s->inputs, x, count, to, s->outputs, scratch);
+  }
+}
+
+/* y += B·low of one token. */
+static void add_adapter(const Engine *e, const Site *s, int token) {
+  int slot = e->t.slot[token], from = 0;
+  if (slot < 0 || !s->rank) return;
+  const float *low = e->low + (size_t)token * e->ranks;
+  const float *b = s->b + (size_t)slot * s->members * s->rank * s->outputs;
+  float *y = e->y + (size_t)token * s->outputs;
+  for (int i = 0; i < s->members; i++) {
+    int to = from + s->member[i].outputs, o = from;
+    for (; o + 4 * LANES <= to; o += 4 * LANES) {
+      vec y0 = load(y + o), y1 = load(y + o + LANES), y2 = load(y + o + 2 * LANES), y3 = load(y + o + 3 * LANES);
+      for (int r = 0; r < s->rank; r++) {
+        const float *br = b + (size_t)r * s->outputs + o;
+        y0 += low[r] * load(br), y1 += low[r] * load(br + LANES);
+        y2 += low[r] * load(br + 2 * LANES), y3 += low[r] * load(br + 3 * LANES);
+      }
+      store(y + o, y0), store(y + o + LANES, y1), store(y + o + 2 * LANES, y2), store(y + o + 3 * LANES, y3);
+    }
+    for (int r = 0; r < s->rank; r++)
+      for (int p = o; p < to; p++) y[p] += low[r] * b[(size_t)r * s->outputs + p];
+    low += s->rank, b += (size_t)s->rank * s->outputs, from = to;
+  }
+}
+
+/* What is done for one token between the products. */
+
+inline_ float dot(const float *x, const float *y, int size) {
+  vec sum = {0};
+  int i = 0;
+  for (; i + LANES <= size; i += LANES) sum = fused(load(x + i), load(y + i), sum);
+  float s = total(sum);
+  for (; i < size; i++) s = fmaf(x[i], y[i], s);
+  return s;
+}
+
+inline_ float dot_weights(const float *x, const weight *y, int size) {
+  vec sum = {0};
+  int i = 0;
+  for (; i + LANES <= size; i += LANES) sum = fused(load(x + i), load_weight(y + i), sum);
+  float s = total(sum);
+  for (; i < size; i++) s = fmaf(x[i], from_weight(y[i]), s);
+  return s;
+}
+
+static void normalize(const Engine *e, const float *x, const float *weight_, int size, float *out) {
+  float scale = 1.0f / sqrtf(dot(x, x, size) / size + e->m.eps);
+  for (int i = 0; i < size; i++) out[i] = x[i] * scale * weight_[i];
+}
+
+static void embed(Engine *e, int token) {
+  const weight *row = e->m.embedding + (size_t)e->t.id[token] * e->m.hidden;
+  float *x = e->x + (size_t)token * e->m.hidden;
+  for (int i = 0; i < e->m.hidden; i++) x[i] = from_weight(row[i]);
+  normalize(e, x, e->m.layer[0].attention_norm, e->m.hidden, e->h + (size_t)token * e->m.hidden);
+}
+
+/* x += y; h = norm(x). */
+static void add_and_normalize(Engine *e, const Site *s, const float *weight_, int token) {
+  int hidden = e->m.hidden;
+  float *x = e->x + (size_t)token * hidden, *y = e->y + (size_t)token * s->outputs;
+  add_adapter(e, s, token);
+  for (int i = 0; i < hidden; i++) x[i] += y[i];
+  normalize(e, x, weight_, hidden, e->h + (size_t)token * hidden);
+}
+
+/* Rotary positions; keys and values into the token's row. */
+static void place(Engine *e, const Layer *l, int token) {
+  const Model *m = &e->m;
+  int dim = m->dim, half = dim / 2, position = e->t.position[token];
+  const float *cos = m->cos + (size_t)position * dim, *sin = m->sin + (size_t)position * dim;
+  float *head = e->y + (size_t)token * l->qkv.outputs;
+  size_t to = ((size_t)e->t.row[token] * m->kv_heads * m->length + position) * dim, stride = (size_t)m->length * dim;
+  add_adapter(e, &l->qkv, token);
+  for (int i = 0; i < m->heads + m->kv_heads; i++, head += dim) {
+    const float *norm = i < m->heads ? l->q_norm : l->k_norm;
+    if (norm) normalize(e, head, norm, dim, head);
+    for (int d = 0; d < half; d++) {
+      float x = head[d], y = head[d + half];
+      head[d] = x * cos[d] - y * sin[d];
+      head[d + half] = y * cos[d + half] + x * sin[d + half];
+    }
+    if (i >= m->heads)
+      for (int d = 0; d < dim; d++) l->keys[to + (i - m->heads) * stride + d] = to_weight(head[d]);
+  }
+  for (int i = 0; i < m->kv_heads; i++, head += dim)
+    for (int d = 0; d < dim; d++) l->values[to + i * stride + d] = to_weight(head[d]);
+}
+
+/* One head of one token looks at its row. */
+static void attend(Engine *e, const Layer *l, int token, int head, float *score) {
+  const Model *m = &e->m;
+  int dim = m->dim, end = e->t.position[token] + 1, begin = l->window && end > l->window ? end - l->window : 0;
+  size_t from = ((size_t)e->t.row[token] * m->kv_heads + head / (m->heads / m->kv_heads)) * m->length * dim;
+  const weight *keys = l->keys + from, *values = l->values + from;
+  const float *q = e->y + (size_t)token * l->qkv.outputs + head * dim;
+  float *out = e->z + ((size_t)token * m->heads + head) * dim, highest = -INFINITY, sum;
+  for (int p = begin; p < end; p++) {
+    score[p] = dot_weights(q, keys + (size_t)p * dim, dim) * m->scaling;
+    highest = score[p] > highest ? score[p] : highest;
+  }
+  for (int p = end; p < end + LANES; p++) score[p] = -INFINITY; /* so that whole vectors can be added up */
+  vec sums = {0};
+  for (int p = begin; p < end; p += LANES) {
+    vec x = exponential(load(score + p) - highest);
+    store(score + p, where(load(score + p) == -INFINITY, all(0), x));
+    sums += load(score + p);
+  }
+  sum = total(sums);
+  int d = 0;
+  for (; d + 4 * LANES <= dim; d += 4 * LANES) {
+    vec o0 = {0}, o1 = {0}, o2 = {0}, o3 = {0};
+    for (int p = begin; p < end; p++) {
+      const weight *v = values + (size_t)p * dim + d;
+      o0 += score[p] * load_weight(v), o1 += score[p] * load_weight(v + LANES);
+      o2 += score[p] * load_weight(v + 2 * LANES), o3 += score[p] * load_weight(v + 3 * LANES);
+    }
+    store(out + d, o0 / sum), store(out + d + LANES, o1 / sum);
+    store(out + d + 2 * LANES, o2 / sum), store(out + d + 3 * LANES, o3 / sum);
+  }
+  for (; d + LANES <= dim; d += LANES) {
+    vec o = {0};
+    for (int p = begin; p < end; p++) o += score[p] * load_weight(values + (size_t)p * dim + d);
+    store(out + d, o / sum);
+  }
+  for (; d < dim; d++) {
+    float o = 0;
+    for (int p = begin; p < end; p++) o += score[p] * from_weight(values[(size_t)p * dim + d]);
+    out[d] = o / sum;
+  }
+}
+
+/* z = silu(gate) · up. */
+static void activate(Engine *e, const Site *s, int token) {
+  int feed = e->m.feed, i = 0;
+  const float *gate = e->y + (size_t)token * s->outputs, *up = gate + feed;
+  float *z = e->z + (size_t)token * feed;
+  add_adapter(e, s, token);
+  for (; i + LANES <= feed; i += LANES) {
+    vec g = load(gate + i);
+    store(z + i, g / (1.0f + exponential(-g)) * load(up + i));
+  }
+  for (; i < feed; i++) z[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+/* The step. */
+
+#define EACH(index, count, what)                        \
+  for (int index; (index = take(e)) < (count);) what; \
+  barrier(e)
+
+static void walk(Engine *e, int number) {
+  const Model *m = &e->m;
+  const Tokens *t = &e->t;
+  float *scratch = e->scratch + number * e->scratch_size;
+  int group = m->heads / m->kv_heads; /* heads a task that read the same keys, where there are tasks enough */
+  if (t->count * m->kv_heads < 4 * e->threads) group = 1;
+  EACH(i, t->count, embed(e, i));
+  for (int number_ = 0; number_ < m->layers; number_++) {
+    const Layer *l = &m->layer[number_];
+    multiply(e, &l->qkv, e->h, t->count, e->y, scratch);
+    barrier(e);
+    EACH(i, t->count, place(e, l, i));
+    EACH(i, t->count * m->heads / group, for (int j = i * group; j < (i + 1) * group; j++)
+         attend(e, l, j / m->heads, j % m->heads, scratch));
+    multiply(e, &l->o, e->z, t->count, e->y, scratch);
+    barrier(e);
+    EACH(i, t->count, add_and_normalize(e, &l->o, l->feed_norm, i));
+    multiply(e, &l->gate_up, e->h, t->count, e->y, scratch);
+    barrier(e);
+    EACH(i, t->count, activate(e, &l->gate_up, i));
+    multiply(e, &l->down, e->z, t->count, e->y, scratch);
+    barrier(e);
+    EACH(i, t->count, add_and_normalize(e, &l->down, number_ + 1 < m->layers ? l[1].attention_norm : m->norm, i));
+  }
+  EACH(i, t->last_count,
+       memcpy(e->z + (size_t)i * m->hidden, e->h + (size_t)t->last[i] * m->hidden, m->hidden * sizeof(float)));
+  multiply(e, &m->head, e->z, t->last_count, t->logits, scratch);
+  barrier(e);
+}
+
+static void *work(void *given) {
+  Worker worker = *(Worker *)given;
+  Engine *e = worker.e;
+  free(given);
+  for (unsigned done = 0;;) {
+    for (int spins = 0; spins < 400 && atomic_load(&e->step) == done; spins++) relax(0);
+    if (atomic_load(&e->step) == done) {
+      pthread_mutex_lock(&e->lock);
+      while (atomic_load(&e->step) == done) pthread_cond_wait(&e->wake, &e->lock);
+      pthread_mutex_unlock(&e->lock);
+    }
+    done++;
+    if (atomic_load(&e->closing)) return NULL;
+    walk(e, worker.number);
+  }
+}
+
+static void begin_step(Engine *e) {
+  pthread_mutex_lock(&e->lock);
+  atomic_fetch_add(&e->step, 1);
+  pthread_cond_broadcast(&e->wake);
+  pthread_mutex_unlock(&e->lock);
+}
+
+static int larger(int a, int b) { return a > b ? a : b; }
+
+/* Room for so many tokens a step; -1 when there is no memory. */
+static int make_room(Engine *e, int count) {
+  if (count <= e->room) return 0;
+  float **all_[] = {&e->x, &e->h, &e->y, &e->z, &e->low};
+  size_t sizes[] = {e->m.hidden, e->m.hidden, e->widest, e->deepest, e->ranks};
+  e->room = 0;
+  for (int i = 0; i < 5; i++) {
+    free(*all_[i]);
+    *all_[i] = aligned_alloc(64, (count * sizes[i] * sizeof(float) / 64 + 1) * 64);
+    if (!*all_[i]) return -1;
+  }
+  e->room = count;
+  return 0;
+}
+
+void heed_close(Engine *e) {
+  atomic_store(&e->closing, 1);
+  begin_step(e);
+  for (int i = 1; i < e->threads; i++) pthread_join(e->thread[i], NULL);
+  free(e->x), free(e->h), free(e->y), free(e->z), free(e->low), free(e->scratch), free(e->thread), free(e);
+}
+
+/* NULL when memory or threads are short. What `model` points to must outlive the engine. */
+Engine *heed_open(const Model *model, int32_t threads) {
+  const Layer *l = model->layer;
+  Engine *e = calloc(1, sizeof *e);
+  if (!e) return NULL;
+  e->m = *model;
+  e->threads = 1;
+  e->widest = larger(larger(l->qkv.outputs, l->gate_up.outputs), model->hidden);
+  e->deepest = larger(larger(l->o.inputs, l->down.inputs), model->hidden);
+  e->ranks = 3 * l->qkv.rank;
+  e->scratch_size = larger(PANEL * larger(e->deepest, model->hidden), model->length + LANES);
+  e->scratch = aligned_alloc(64, (threads * e->scratch_size * sizeof(float) / 64 + 1) * 64);
+  e->thread = calloc(threads, sizeof *e->thread);
+  pthread_mutex_init(&e->lock, NULL);
+  pthread_cond_init(&e->wake, NULL);
+  for (int i = 1; i < threads && e->scratch && e->thread; i++) {
+    Worker *worker = malloc(sizeof *worker);
+    if (!worker) break;
+    *worker = (Worker){e, i};
+    if (pthread_create(&e->thread[i], NULL, work, worker)) {
+      free(worker);
+      break;
+    }
+    e->threads++;
+  }
+  if (e->scratch && e->thread && e->threads == threads) return e;
+  heed_close(e);
+  return NULL;
+}
+
+/* 0, or -1 when memory is short. One call at a time. */
+int32_t heed_step(Engine *e, const Tokens *tokens) {
+  if (make_room(e, tokens->count)) return -1;
+  e->t = *tokens;
+  begin_step(e);
+  walk(e, 0);
+  return 0;
+}
