@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import tempfile
 import time
@@ -128,7 +129,8 @@ def report(answers: Sequence[Answer], failures: Sequence[str], swaps: Sequence[t
     during: list[float] = []
     others: list[float] = []
     for answer in answers:
-        for before, after in zip(answer.at, answer.at[1:], strict=False):
+        tokens = answer.at[:-2]  # the last two say that it has ended, once the log has it
+        for before, after in itertools.pairwise(tokens):
             overlaps = any(start < after and before < end for start, end in swaps)
             (during if overlaps else others).append(1000 * (after - before))
     return {

@@ -139,7 +139,8 @@ typedef struct {
 typedef struct {
   Model m;
   Tokens t;
-  int32_t threads, room, widest, narrow, deepest, ranks;
+  int32_t threads, room, widest, deepest, ranks;
+  int32_t together, queries; /* tokens of one row that look at it together, with so many heads in all */
   float *x, *h, *y, *z, *low; /* [room, …]: sum of the layers, input, output and other input of a product, A·input */
   float *scratch;             /* of each thread */
   size_t scratch_size;
@@ -227,6 +228,8 @@ inline_ int take(Engine *e) { return atomic_fetch_add_explicit(&e->next, 1, memo
 DEFINE_TILE(multiply_floats, float, load, AS_IS)
 #ifdef BF16
 DEFINE_TILE(multiply_weights, weight, load_weight, from_weight)
+#else
+#define multiply_weights_panel multiply_floats_panel
 #endif
 
 /* Some outputs of one linear layer for all tokens. */
@@ -319,15 +322,6 @@ inline_ float dot(const float *x, const float *y, int size) {
   return s;
 }
 
-inline_ float dot_weights(const float *x, const weight *y, int size) {
-  vec sum = {0};
-  int i = 0;
-  for (; i + LANES <= size; i += LANES) sum = fused(load(x + i), load_weight(y + i), sum);
-  float s = total(sum);
-  for (; i < size; i++) s = fmaf(x[i], from_weight(y[i]), s);
-  return s;
-}
-
 static void normalize(const Engine *e, const float *x, const float *weight_, int size, float *out) {
   float scale = 1.0f / sqrtf(dot(x, x, size) / size + e->m.eps);
   for (int i = 0; i < size; i++) out[i] = x[i] * scale * weight_[i];
@@ -372,46 +366,88 @@ static void place(Engine *e, const Layer *l, int token) {
     for (int d = 0; d < dim; d++) l->values[to + i * stride + d] = to_weight(head[d]);
 }
 
-/* One head of one token looks at its row. */
-static void attend(Engine *e, const Layer *l, int token, int head, float *score) {
-  const Model *m = &e->m;
-  int dim = m->dim, end = e->t.position[token] + 1, begin = l->window && end > l->window ? end - l->window : 0;
-  size_t from = ((size_t)e->t.row[token] * m->kv_heads + head / (m->heads / m->kv_heads)) * m->length * dim;
-  const weight *keys = l->keys + from, *values = l->values + from;
-  const float *q = e->y + (size_t)token * l->qkv.outputs + head * dim;
-  float *out = e->z + ((size_t)token * m->heads + head) * dim, highest = -INFINITY, sum;
-  for (int p = begin; p < end; p++) {
-    score[p] = dot_weights(q, keys + (size_t)p * dim, dim) * m->scaling;
+/* out[query] = Σ score[query][p] · v[p] / sum[query], for so many values of a head. */
+inline_ void weigh(const int queries, const int vectors, int count, const float *score, size_t stride, const weight *v,
+                   int dim, const float *sum, float **out, int d) {
+  vec o[COLUMNS][4] = {0};
+  for (int p = 0; p < count; p++)
+    _Pragma("GCC unroll 4") for (int i = 0; i < vectors; i++) {
+      vec vs = load_weight(v + (size_t)p * dim + d + i * LANES);
+      _Pragma("GCC unroll 8") for (int q = 0; q < queries; q++) o[q][i] = fused(all(score[q * stride + p]), vs, o[q][i]);
+    }
+  for (int q = 0; q < queries; q++)
+    for (int i = 0; i < vectors; i++) store(out[q] + d + i * LANES, o[q][i] / sum[q]);
+}
+
+static void weigh_all(const int queries, int count, const float *score, size_t stride, const weight *v, int dim,
+                      const float *sum, float **out) {
+  int d = 0;
+  for (; d + 4 * LANES <= dim; d += 4 * LANES) weigh(queries, 4, count, score, stride, v, dim, sum, out, d);
+  for (; d + LANES <= dim; d += LANES) weigh(queries, 1, count, score, stride, v, dim, sum, out, d);
+  for (; d < dim; d++)
+    for (int q = 0; q < queries; q++) {
+      float o = 0;
+      for (int p = 0; p < count; p++) o = fmaf(score[q * stride + p], from_weight(v[(size_t)p * dim + d]), o);
+      out[q][d] = o / sum[q];
+    }
+}
+
+/* Scores of the positions from … to-1 become their exponentials, all others of `count` zero; returns their sum. */
+static float soften(float *score, int from, int to, int count, float scaling) {
+  float highest = -INFINITY;
+  vec sums = {0};
+  for (int p = from; p < to; p++) {
+    score[p] *= scaling;
     highest = score[p] > highest ? score[p] : highest;
   }
-  for (int p = end; p < end + LANES; p++) score[p] = -INFINITY; /* so that whole vectors can be added up */
-  vec sums = {0};
-  for (int p = begin; p < end; p += LANES) {
-    vec x = exponential(load(score + p) - highest);
-    store(score + p, where(load(score + p) == -INFINITY, all(0), x));
-    sums += load(score + p);
+  for (int p = 0; p < from; p++) score[p] = 0;
+  for (int p = to; p < to + LANES || p < count; p++) score[p] = -INFINITY;
+  for (int p = from; p < to; p += LANES) {
+    vec s = load(score + p);
+    s = where(s == -INFINITY, all(0), exponential(s - highest));
+    store(score + p, s);
+    sums += s;
   }
-  sum = total(sums);
-  int d = 0;
-  for (; d + 4 * LANES <= dim; d += 4 * LANES) {
-    vec o0 = {0}, o1 = {0}, o2 = {0}, o3 = {0};
-    for (int p = begin; p < end; p++) {
-      const weight *v = values + (size_t)p * dim + d;
-      o0 += score[p] * load_weight(v), o1 += score[p] * load_weight(v + LANES);
-      o2 += score[p] * load_weight(v + 2 * LANES), o3 += score[p] * load_weight(v + 3 * LANES);
+  for (int p = to; p < count; p++) score[p] = 0;
+  return total(sums);
+}
+
+/* Some tokens that follow each other in one row look at it with the heads that share a head of keys. */
+static void attend(Engine *e, const Layer *l, int begin, int end, int kv_head, float *scratch) {
+  const Model *m = &e->m;
+  int dim = m->dim, heads = m->heads / m->kv_heads, queries = (end - begin) * heads, window = l->window;
+  int first = e->t.position[begin] + 1, from = window && first > window ? first - window : 0;
+  int count = e->t.position[end - 1] + 1 - from;
+  size_t at = (((size_t)e->t.row[begin] * m->kv_heads + kv_head) * m->length + from) * dim;
+  size_t stride = m->length + LANES;
+  float *q = scratch, *score = scratch + e->queries * dim, sum[COLUMNS], *out[COLUMNS];
+  for (int i = begin; i < end; i++)
+    memcpy(q + (size_t)(i - begin) * heads * dim, e->y + (size_t)i * l->qkv.outputs + kv_head * heads * dim,
+           heads * dim * sizeof(float));
+  multiply_weights_panel(count, queries, dim, l->keys + at, q, score, stride);
+  for (int some, i = 0; i < queries; i += some, score += some * stride) {
+    some = queries - i < COLUMNS ? queries - i : COLUMNS;
+    for (int k = 0; k < some; k++) {
+      int token = begin + (i + k) / heads, to = e->t.position[token] + 1 - from;
+      sum[k] = soften(score + k * stride, window && to > window ? to - window : 0, to, count, m->scaling);
+      out[k] = e->z + ((size_t)token * m->heads + kv_head * heads + (i + k) % heads) * dim;
     }
-    store(out + d, o0 / sum), store(out + d + LANES, o1 / sum);
-    store(out + d + 2 * LANES, o2 / sum), store(out + d + 3 * LANES, o3 / sum);
+    switch (some) {
+      case 1: weigh_all(1, count, score, stride, l->values + at, dim, sum, out); break;
+      case 2: weigh_all(2, count, score, stride, l->values + at, dim, sum, out); break;
+      case COLUMNS: weigh_all(COLUMNS, count, score, stride, l->values + at, dim, sum, out); break;
+      default: weigh_all(some, count, score, stride, l->values + at, dim, sum, out);
+    }
   }
-  for (; d + LANES <= dim; d += LANES) {
-    vec o = {0};
-    for (int p = begin; p < end; p++) o += score[p] * load_weight(values + (size_t)p * dim + d);
-    store(out + d, o / sum);
-  }
-  for (; d < dim; d++) {
-    float o = 0;
-    for (int p = begin; p < end; p++) o += score[p] * from_weight(values[(size_t)p * dim + d]);
-    out[d] = o / sum;
+}
+
+/* One head of keys for a few tokens, those of each row together. */
+static void attend_rows(Engine *e, const Layer *l, int task, float *scratch) {
+  int kv_head = task % e->m.kv_heads, begin = task / e->m.kv_heads * e->together, end = begin + e->together;
+  if (end > e->t.count) end = e->t.count;
+  for (int to; begin < end; begin = to) {
+    for (to = begin + 1; to < end && e->t.row[to] == e->t.row[begin];) to++;
+    attend(e, l, begin, to, kv_head, scratch);
   }
 }
 
@@ -438,16 +474,13 @@ static void walk(Engine *e, int number) {
   const Model *m = &e->m;
   const Tokens *t = &e->t;
   float *scratch = e->scratch + number * e->scratch_size;
-  int group = m->heads / m->kv_heads; /* heads a task that read the same keys, where there are tasks enough */
-  if (t->count * m->kv_heads < 4 * e->threads) group = 1;
   EACH(i, t->count, embed(e, i));
   for (int number_ = 0; number_ < m->layers; number_++) {
     const Layer *l = &m->layer[number_];
     multiply(e, &l->qkv, e->h, t->count, e->y, scratch);
     barrier(e);
     EACH(i, t->count, place(e, l, i));
-    EACH(i, t->count * m->heads / group, for (int j = i * group; j < (i + 1) * group; j++)
-         attend(e, l, j / m->heads, j % m->heads, scratch));
+    EACH(i, (t->count + e->together - 1) / e->together * m->kv_heads, attend_rows(e, l, i, scratch));
     multiply(e, &l->o, e->z, t->count, e->y, scratch);
     barrier(e);
     EACH(i, t->count, add_and_normalize(e, &l->o, l->feed_norm, i));
@@ -522,7 +555,10 @@ Engine *heed_open(const Model *model, int32_t threads) {
   e->widest = larger(larger(l->qkv.outputs, l->gate_up.outputs), model->hidden);
   e->deepest = larger(larger(l->o.inputs, l->down.inputs), model->hidden);
   e->ranks = 3 * l->qkv.rank;
-  e->scratch_size = larger(PANEL * larger(e->deepest, model->hidden), model->length + LANES);
+  int heads = model->heads / model->kv_heads;
+  e->together = larger(1, 4 * COLUMNS / heads);
+  e->queries = e->together * heads;
+  e->scratch_size = larger(PANEL * e->deepest, e->queries * (model->dim + model->length + LANES));
   e->scratch = aligned_alloc(64, (threads * e->scratch_size * sizeof(float) / 64 + 1) * 64);
   e->thread = calloc(threads, sizeof *e->thread);
   pthread_mutex_init(&e->lock, NULL);

@@ -28,6 +28,7 @@ from feedback.events import Release
 from serving.adapters import AdapterStore, BadAdapter, Base
 from serving.engine import Engine, NoFreeSlot, ProbeFailed
 from serving.lora import AdapterWeights, Unfit
+from serving.native import one_thread
 
 RETRY_S = 5.0
 """Between two attempts at a version that met a passing fault."""
@@ -149,8 +150,9 @@ class Swapper:
         attempt = self._attempt(release)
         seconds: dict[str, float] = {}
         try:
-            if version and not self._prepare(release, version, seconds):
-                return False
+            with one_thread():
+                if version and not self._prepare(release, version, seconds):
+                    return False
             with _timed(seconds, "warm"):
                 self._engine.warm(version)
             if self._superseded(release) and version == release.current:
@@ -224,7 +226,8 @@ class Swapper:
         if len(self._pinned) >= self._max_pins and not self._drop_idle_pin():
             raise PinRefused(f"v{version} finds no free slot now; {self._speaking()}.")
         try:
-            self._engine.stage(version, self._store.load(version, self._base))
+            with one_thread():
+                self._engine.stage(version, self._store.load(version, self._base))
         except (BadAdapter, NoFreeSlot, ProbeFailed, ValueError, TimeoutError, OSError) as error:
             raise PinRefused(f"v{version} cannot be loaded: {error} Of the others, {self._speaking()}.") from error
         self._draining.pop(version, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -360,6 +361,56 @@ def test_a_client_that_leaves_frees_its_row_and_what_was_said_is_kept(server: Se
     server.until(lambda: len(server.exchanges()) == 4)
     assert {one.finish_reason for one in server.exchanges()} == {"abort"}
     assert all(0 < len(one.content.reply_ids) < MAX_LEN - 10 for one in server.exchanges())
+
+
+def test_a_thousand_clients_that_leave_mid_stream_leave_nothing(server: Served):
+    """Two versions spoken, pins among them; each client cuts the connection after its first tokens."""
+    speaker = server.wiring.speaker
+    assert speaker is not None
+    version = server.publish(1)
+    server.until(lambda: speaker.engine.current == version)
+    server.chat()
+
+    def tasks() -> int:
+        return asyncio.run_coroutine_threadsafe(_tasks(), server.loop).result()
+
+    server.http.close()  # its idle connections have tasks too
+    at_rest = tasks()
+    heard = asyncio.run(_talk_and_leave(server, 1000, version))
+    assert heard == 1000
+    server.until(lambda: speaker.engine.stats().running + speaker.engine.stats().waiting == 0)
+    assert set(speaker.engine.loaded().values()) == {0}
+    server.until(lambda: tasks() <= at_rest)
+    assert len(speaker.engine._batch) == 0
+    kept = server.exchanges()
+    assert len(kept) == 1001
+    assert {one.version for one in kept} == {0, version}
+
+
+async def _tasks() -> int:
+    return len(asyncio.all_tasks()) - 1
+
+
+async def _talk_and_leave(server: Served, count: int, version: int) -> int:
+    """How many heard something before they left."""
+    host, port = server.url.removeprefix("http://").split(":")
+    at_once, heard = asyncio.Semaphore(100), 0
+
+    async def one(number: int) -> None:
+        nonlocal heard
+        model = "default@v0" if number % 2 else f"default@v{version}"
+        body = {"model": model, "messages": HELLO, "stream": True, "max_tokens": 150, "heed": {"ignore_eos": True}}
+        content = json.dumps(body).encode()
+        async with at_once:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: heed\r\ncontent-type: application/json\r\n")
+            writer.write(f"content-length: {len(content)}\r\n\r\n".encode() + content)
+            await reader.readuntil(b'"content":"')
+            heard += 1
+            writer.transport.abort()
+
+    await asyncio.gather(*(one(number) for number in range(count)))
+    return heard
 
 
 def test_a_client_that_leaves_before_the_answer_frees_its_row(server: Served):
