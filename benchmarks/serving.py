@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 PROMPT, NEW = 64, 64
 AT_ONCE = (1, 8, 32)
 RUNS = 5
-RUN_S = 6.0
+RUN_S = 4.0
 """A run has as many rounds as fit this time, at least one."""
 
 Json = dict[str, Any]
