@@ -38,4 +38,5 @@ def main() -> None:
         print(json.dumps({"tokens": out.shape[1] - ids_BT.shape[1]}), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,7 @@
 A step of few rows is bound by how many operations are started, not by arithmetic. This spelling asks for about thirty a
 layer. It reads the model's own weights and settings, and serves models of one build only: RMSNorm, rotary positions,
 grouped attention and a gated feed-forward (Llama and so SmolLM, Mistral, Qwen 2 and 3). All others go through the model's
-own forward (serving/forward.py).
+own forward (serving/forward.py). On a CPU the native step takes its place where it can be compiled.
 
 Axes: B rows, T tokens a row, N = B·T, H hidden, A heads (of queries, then keys, then values), G heads of keys, X of queries
 to each of these, L = X·T, D of one head, K positions seen, F feed-forward, V vocabulary.

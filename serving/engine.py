@@ -62,7 +62,10 @@ __all__ = [
 ]
 
 PROMPT_TOKENS_A_STEP = 512
-"""Most prompt tokens read in one step while someone listens to running replies: what an arrival may delay them by."""
+"""Most prompt tokens read in one step while someone listens to running replies."""
+PROMPT_S_A_STEP = 0.1
+"""And as many as are read in this time: what an arrival may delay them by."""
+PROMPT_TOKENS_AT_LEAST = 16
 PROMPT_TOKENS_A_STEP_UNHEARD = 2048
 """The same while nobody listens token by token."""
 
@@ -119,7 +122,7 @@ class Engine:
 
         `targets`: modules that may carry an adapter, by default all linear layers but the head. `seed` makes the
         replies to requests without a seed repeatable. `native`: use the compiled step (serving/native.py) where there
-        is one for this model and machine; where not, and `packed`: lay the weights of all linear layers out for fast
+        is one for this model and machine. `packed`: where there is none, lay the weights of all linear layers out for fast
         products, which on a CPU takes as much memory again. `prefix_tokens`: how many to remember of earlier prompts and replies.
         Raises ModelError for an architecture that cannot be served.
         """
@@ -129,7 +132,9 @@ class Engine:
         library = Native.library(model, targets) if native else None
         self._slots = Slots(model, targets, slots, rank, packed=packed and library is None)
         self._forward = Forward(model, self._slots, rows, max_len, library)
-        self._threads = nullcontext if library is None else one_thread
+        self._torch_alone = nullcontext if library is None else one_thread
+        self._exact = library is not None
+        """True when it makes no difference in how large pieces a prompt is read."""
         with torch.inference_mode():
             self._forward.check()
         self._versions = Versions(slots)
@@ -140,6 +145,8 @@ class Engine:
         """Of the replies that decode; None once these have changed."""
         self._events: list[tuple[Stream, Event]] = []
         self._steps = self._prompt_tokens = self._reply_tokens = 0
+        self._prompt_rate = math.inf
+        """Prompt tokens a second, as last read."""
         self._ended: Counter[str] = Counter()
         self._last_failure = ""
         self._thread: threading.Thread | None = None
@@ -152,6 +159,11 @@ class Engine:
         """How many tokens the model tells apart; the tokenizer may know fewer or more."""
         head: Tensor = self.model.get_output_embeddings().weight
         return len(head)
+
+    @property
+    def way(self) -> str:
+        """What computes the forwards, in words."""
+        return self._forward.way
 
     @property
     def copied_bytes(self) -> int:
@@ -176,7 +188,8 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Finished]:
         """Whole replies in the order of the requests, of which there may be more than the line holds."""
         streams = [self._submit(request, None, tokens=False, bounded=False) for request in requests]
-        return [stream.result() for stream in streams]
+        with self._torch_alone():
+            return [stream.result() for stream in streams]
 
     def _submit(
         self, request: Request, on_event: Callable[[Event], None] | None, *, tokens: bool, bounded: bool
@@ -196,7 +209,7 @@ class Engine:
     def step(self) -> bool:
         """One step by hand, for an engine without a thread; False when nothing is left to do."""
         with self._stepping:
-            with torch.inference_mode(), self._threads():
+            with torch.inference_mode():
                 self._commands.run()
                 for reply, why in self._scheduler.unwanted():
                     self._end(reply, "abort", why)
@@ -209,13 +222,19 @@ class Engine:
 
     def _read_prompts(self) -> None:
         """Read a piece of the new prompts; replies whose prompt is whole get their first token."""
-        share = PROMPT_TOKENS_A_STEP if self._heard() else PROMPT_TOKENS_A_STEP_UNHEARD
+        share = PROMPT_TOKENS_A_STEP_UNHEARD
+        if self._heard():
+            timely = max(PROMPT_TOKENS_AT_LEAST, PROMPT_S_A_STEP * self._prompt_rate)
+            share = int(min(PROMPT_TOKENS_A_STEP, timely))
         replies, width = self._batch.next_pieces(share)
         if not replies:
             return
         with self._guarded([one for reply in replies for one in (reply, *reply.followers)]):
             pieces = [reply.prompt_ids[reply.prefilled : reply.prefilled + width] for reply in replies]
+            begun = time.perf_counter()
             logits_BV = self._logits(replies, pieces, [reply.prefilled for reply in replies])
+            if (count := sum(map(len, pieces))) >= PROMPT_TOKENS_AT_LEAST and self._exact:
+                self._prompt_rate = count / (time.perf_counter() - begun)
             for reply, piece in zip(replies, pieces, strict=True):
                 reply.prefilled += len(piece)
                 self._prompt_tokens += len(piece)
@@ -409,8 +428,14 @@ class Engine:
 
     def start(self) -> None:
         """Make the steps in a thread of the engine's own, until `close`."""
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        threads, begun = torch.get_num_threads(), threading.Event()
+        alone = self._torch_alone is one_thread
+        self._thread = threading.Thread(
+            target=self._work, args=(1 if alone else threads, begun), name="engine", daemon=True
+        )
         self._thread.start()
+        begun.wait()
+        torch.set_num_threads(threads)  # what threads that come later begin with
 
     def close(self) -> None:
         """Stop; replies that have not ended are aborted. The model gets its own forwards back."""
@@ -423,8 +448,9 @@ class Engine:
             self._thread.join()
             self._thread = None
         self._end_all("abort", "the engine was closed")
-        self._slots.remove()
-        self._forward.close()
+        with self._stepping:  # a command may have come since
+            self._slots.remove()
+            self._forward.close()
 
     def stats(self) -> EngineStats:
         """Numbers for metrics, of a moment that may lie within a step."""
@@ -441,8 +467,10 @@ class Engine:
             ended=dict(self._ended),
         )
 
-    def _work(self) -> None:
-        """Step while there is something to do, wait while there is not."""
+    def _work(self, threads: int, begun: threading.Event) -> None:
+        """Step while there is something to do, wait while there is not; torch works with so many threads."""
+        torch.set_num_threads(threads)
+        begun.set()
         scheduler = self._scheduler
         while True:
             with scheduler.work:

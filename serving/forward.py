@@ -1,7 +1,9 @@
-"""One forward over some of the running rows, by the Hugging Face model or its shorter spelling: logits of each last token.
+"""One forward over some of the running rows: logits of each last token.
 
-Axes: B rows, T tokens a row (shorter ones padded on the left, so that the last token of every row is the last column),
-K positions seen, V vocabulary.
+By the native step, by the decoder, or by the Hugging Face model itself.
+
+Axes: B rows, T tokens a row (shorter ones padded on the left, so that the last token of every row is the last column; the
+native step pads nothing), K positions seen, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,7 +40,15 @@ class Forward:
         self._column_K = torch.arange(max_len, device=model.device)
         self._given_cache = given_cache(model, self.kv)
         self._native = Native(library, model, slots, self.kv, shapes) if library is not None else None
-        self._decoder = Decoder(model, slots, self.kv) if fits(model, slots.targets) else None
+        decodes = self._native is None and fits(model, slots.targets)
+        self._decoder = Decoder(model, slots, self.kv) if decodes else None
+
+    @property
+    def way(self) -> str:
+        """What computes it, in words."""
+        if self._native is not None:
+            return "the native step"
+        return "the decoder" if self._decoder is not None else "the model's own forward"
 
     def close(self) -> None:
         """End the threads of its own."""

@@ -3,6 +3,7 @@
 Beside the target linears lie stacked `A[S, R, in]` and `B[S, R, out]` for S slots; those that read the same input (q, k
 and v; gate and up) share one A and one B, so that they cost as much as one. A forward multiplies the slots in use with
 every row, and puts zero where a row uses another slot: `masked_fill`, since 0 · NaN is NaN, and adapters must be finite.
+The native step (serving/step.c) reads the same stacks, for each token its own slot alone.
 So nothing that one adapter makes can reach a neighbour. While no slot is in use, adapters cost nothing.
 
 Axes: N tokens of all rows of a forward, I inputs and O outputs of a layer, S slots, R ranks of all layers that share.

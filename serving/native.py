@@ -7,6 +7,7 @@ models of one build (serving/decoder.py says which); where there is no C compile
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -32,7 +33,7 @@ from serving.kv import KeyValueRows, LayerShape
 from serving.lora import Slots
 
 SOURCE = Path(__file__).with_name("step.c")
-_FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-pthread"]
+_FLAGS = ["-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"]
 _DEFINED = {torch.float32: [], torch.bfloat16: ["-DBF16"]}
 _COMPILE_S = 120
 
@@ -97,16 +98,18 @@ class Native:
     ) -> None:
         """Raises MemoryError."""
         self._library, self._model, self._slots = library, model, slots
-        self._kv, self._kept = kv, list[object]()
-        """What the step reads and writes."""
+        self._kv = kv
+        self._kept: list[object] = []
+        """What the step reads beside the model, slots and rows: it must not be freed."""
         config, inner = model.config, model.model
         attention = inner.layers[0].self_attn
         positions_1K = torch.arange(kv.length + 1)[None]
-        cos_1KD, sin_1KD = inner.rotary_emb(torch.zeros(1, 1), position_ids=positions_1K)
+        cos_1KD, sin_1KD = inner.rotary_emb(torch.zeros(1, 1, dtype=torch.float32), position_ids=positions_1K)
         layers = (_Layer * len(shapes))(
             *(self._layer(f"model.layers.{i}", shape.window, *kv.memory(i)) for i, shape in enumerate(shapes))
         )
-        self._vocab: int = config.vocab_size
+        self._ids: int = inner.embed_tokens.num_embeddings
+        self._vocab: int = model.lm_head.out_features
         described = _Model(
             layers=len(shapes),
             hidden=config.hidden_size,
@@ -118,7 +121,7 @@ class Native:
             length=kv.length + 1,
             eps=config.rms_norm_eps,
             scaling=attention.scaling,
-            embedding=inner.embed_tokens.weight.data_ptr(),
+            embedding=self._weight(inner.embed_tokens),
             norm=self._float(inner.norm.weight),
             cos=self._float(cos_1KD[0]),
             sin=self._float(sin_1KD[0]),
@@ -130,12 +133,15 @@ class Native:
         if not self._engine:
             raise MemoryError("there is no memory, or there are no threads, for the native step")
         self.close = weakref.finalize(self, library.heed_close, self._engine)
-        """End its threads; nothing may be called afterwards."""
+        """End its threads, and free its memory."""
+        self.close.atexit = False  # a step may still be running then; threads and memory go with the process
 
     def __call__(self, first: int, ids: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int]) -> Tensor:
         """As `Forward.run`."""
-        if any(max(row) >= self._vocab for row in ids):
-            raise IndexError(f"an id is not among the model's {self._vocab}")
+        if not self.close.alive:
+            raise RuntimeError("the engine is closed")
+        if any(not 0 <= min(row) <= max(row) < self._ids for row in ids):
+            raise IndexError(f"an id is not among the model's {self._ids}")
         read = max(start + len(row) for start, row in zip(starts, ids, strict=True))
         if read > self._kv.length:
             raise IndexError(f"a row holds {self._kv.length} positions")
@@ -145,7 +151,7 @@ class Native:
         for length in lengths:
             end += length
             last.append(end - 1)
-        logits_BV = torch.empty(len(ids), self._vocab)
+        logits_BV = torch.empty(len(ids), self._vocab, dtype=torch.float32)
         each = range(len(ids))
         arrays = (
             array("i", [i for row in ids for i in row]),
@@ -185,7 +191,12 @@ class Native:
 
     def _linear(self, module: Any) -> _Linear:
         bias = None if module.bias is None else self._float(module.bias)
-        return _Linear(module.weight.data_ptr(), bias, module.out_features)
+        return _Linear(self._weight(module), bias, module.out_features)
+
+    def _weight(self, module: Any) -> int:
+        """Where its weights lie, for as long as this lives."""
+        self._kept.append(weight := module.weight.detach())
+        return int(weight.data_ptr())
 
     def _float(self, tensor: Tensor) -> int:
         """Where a copy in float32 lies."""
@@ -195,7 +206,10 @@ class Native:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within, torch works alone: after each operation its threads spin for a while, and take the cores from the step's."""
+    """Within, torch works alone: after each operation its threads spin for a while, and take the cores from the step's.
+
+    Of this thread; but what meets torch for the first time meanwhile, will keep to one thread too.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -213,14 +227,14 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     flags = [*_FLAGS, *_DEFINED[dtype]]
     try:
-        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_COMPILE_S, check=True)
-        parts = [SOURCE.read_text("utf-8"), said.stdout, _processor(), *flags]
+        said = subprocess.run([compiler, "--version"], capture_output=True, timeout=_COMPILE_S, check=True)
+        parts = [SOURCE.read_text("utf-8"), said.stdout.decode(errors="replace"), _processor(), *flags]
         place = _cache() / f"step-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
         library = _load(place) or _load(_compile([compiler, *flags, str(SOURCE)], place))
         if library is None:
             raise OSError(f"{place} was compiled and cannot be loaded")
     except (OSError, subprocess.SubprocessError) as error:
-        said_too = getattr(error, "stderr", None) or ""
+        said_too = (getattr(error, "stderr", None) or b"").decode(errors="replace")
         _log.warning("%s cannot be compiled, replies are slower than they could be: %s %s", SOURCE, error, said_too)
         return None
     library.heed_open.restype = _pointer
@@ -243,27 +257,27 @@ def _compile(command: Sequence[str], place: Path) -> Path:
     """Under another name first, so that nobody loads half of it."""
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made = Path(folder) / place.name
-        subprocess.run(
-            [*command, "-o", str(made), "-lm"], capture_output=True, text=True, timeout=_COMPILE_S, check=True
-        )
+        subprocess.run([*command, "-o", str(made), "-lm"], capture_output=True, timeout=_COMPILE_S, check=True)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the name and half of what it names
         made.replace(place)
     return place
 
 
 def _cache() -> Path:
     """A folder of this user's alone, where nobody else can put a library; a new one where there is no home."""
-    place = Path("~/.cache/heed").expanduser()
     try:
+        place = Path("~/.cache/heed").expanduser()
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
             pass
         state = place.stat()
         if state.st_uid == os.getuid() and not state.st_mode & 0o022:
             return place
-    except OSError:
+    except (OSError, RuntimeError):  # it cannot be written, or this user has no home
         pass
     made = Path(tempfile.mkdtemp(prefix="heed-"))
-    weakref.finalize(_library, shutil.rmtree, made, ignore_errors=True)
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
     return made
 
 

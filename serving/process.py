@@ -39,6 +39,7 @@ from serving.ids import Ids, load_secret
 from serving.lora import target_modules
 from serving.model import find_model, stored_as_bfloat16
 from serving.native import Native
+from serving.products import computes_bfloat16
 from serving.routes.wiring import Speaker, Wiring
 from serving.swap import Swapper
 
@@ -170,8 +171,10 @@ def load_base(config: ServingConfig) -> tuple[PreTrainedModel, Chat]:
     """
     if config.dtype == "auto" and stored_as_bfloat16(config.model):
         model, chat = load_model(config.model, config.device, "bfloat16")
-        if model.device.type != "cpu" or Native.library(model, target_modules(model)) is not None:
+        fast = computes_bfloat16() or Native.library(model, target_modules(model)) is not None
+        if model.device.type != "cpu" or fast:
             return model, chat
+        del model, chat
     return load_model(config.model, config.device, config.dtype)
 
 
@@ -203,6 +206,7 @@ def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
         ) from error
     told = partial(on_swap, wiring)
     swapper = Swapper(wiring.store, engine, base, on_activated=told, on_failed=told, on_drained=told)
+    _log.info("Replies are computed by %s, in %s.", engine.way, str(model.dtype).removeprefix("torch."))
     if engine.copied_bytes:
         _log.info("The weights are laid out once more for fast products: %.0f MB.", engine.copied_bytes / 1e6)
     engine.start()

@@ -59,6 +59,12 @@ def _can_lay_out(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def computes_bfloat16() -> bool:
+    """True when this processor has instructions for bfloat16; oneDNN makes do without, several times slower."""
+    cpu = torch.cpu
+    return _can_lay_out(torch.bfloat16) and bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
 def _share(modules: Sequence[nn.Linear | Conv1D], weight_OI: Tensor) -> None:
     """Let the modules' weights be parts of the one tensor, so that there is no second copy of them."""
     start = 0

@@ -78,7 +78,7 @@ class Scheduler:
         with self.lock:
             while len(self._line) and len(self.batch) + len(joined) < self._rows:
                 joined.append(self._bind(self._line.pop()))
-        # versions together, so that their rows are slices; then like lengths together: less padding
+        # versions together, so that tokens of one slot are multiplied together; then like lengths: less padding
         for reply in sorted(joined, key=lambda reply: (reply.slot, len(reply.prompt_ids))):
             reply.stream.admitted_at = time.monotonic()
             self.batch.join(reply)

@@ -40,7 +40,8 @@ typedef float vec4 __attribute__((vector_size(16)));
 
 inline_ vec load(const float *p) { return *(const vec *)p; }
 inline_ void store(float *p, vec v) { *(vec *)p = v; }
-/* x * y + z, rounded once: said outright, because compilers choose place by place whether to. */
+/* x * y + z, rounded once. Said outright, and nothing else is fused (-ffp-contract=off), because compilers choose place by
+   place, and then a sum would depend on the company it is made in. */
 #if defined(__AVX512F__)
 inline_ vec fused(vec x, vec y, vec z) { return (vec)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
 #elif defined(__FMA__)
@@ -74,11 +75,15 @@ inline_ weight to_weight(float x) { return x; }
 
 inline_ float total(vec v) {
 #if LANES == 16
-  vec8 half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  vec8 low, high;
+  memcpy(&low, &v, 32), memcpy(&high, (char *)&v + 32, 32);
+  vec8 half = low + high;
 #else
   vec8 half = v;
 #endif
-  vec4 quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  vec4 a, b;
+  memcpy(&a, &half, 16), memcpy(&b, (char *)&half + 16, 16);
+  vec4 quarter = a + b;
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
@@ -139,7 +144,8 @@ typedef struct {
 typedef struct {
   Model m;
   Tokens t;
-  int32_t threads, room, widest, deepest, ranks;
+  int32_t threads;
+  int32_t room, widest, deepest, ranks; /* tokens there is memory for; the most outputs, inputs and ranks of a product */
   int32_t together, queries; /* tokens of one row that look at it together, with so many heads in all */
   float *x, *h, *y, *z, *low; /* [room, …]: sum of the layers, input, output and other input of a product, A·input */
   float *scratch;             /* of each thread */
@@ -285,6 +291,7 @@ static void multiply(Engine *e, const Site *s, const float *x, int count, float 
     int begin = (task - before) * panel, rows = l->outputs - begin < panel ? l->outputs - begin : panel;
     multiply_panel(l, begin, rows, s->inputs, x, count, to, s->outputs, scratch);
   }
+  barrier(e);
 }
 
 /* y += B·low of one token. */
@@ -300,13 +307,14 @@ static void add_adapter(const Engine *e, const Site *s, int token) {
       vec y0 = load(y + o), y1 = load(y + o + LANES), y2 = load(y + o + 2 * LANES), y3 = load(y + o + 3 * LANES);
       for (int r = 0; r < s->rank; r++) {
         const float *br = b + (size_t)r * s->outputs + o;
-        y0 += low[r] * load(br), y1 += low[r] * load(br + LANES);
-        y2 += low[r] * load(br + 2 * LANES), y3 += low[r] * load(br + 3 * LANES);
+        vec lows = all(low[r]);
+        y0 = fused(lows, load(br), y0), y1 = fused(lows, load(br + LANES), y1);
+        y2 = fused(lows, load(br + 2 * LANES), y2), y3 = fused(lows, load(br + 3 * LANES), y3);
       }
       store(y + o, y0), store(y + o + LANES, y1), store(y + o + 2 * LANES, y2), store(y + o + 3 * LANES, y3);
     }
     for (int r = 0; r < s->rank; r++)
-      for (int p = o; p < to; p++) y[p] += low[r] * b[(size_t)r * s->outputs + p];
+      for (int p = o; p < to; p++) y[p] = fmaf(low[r], b[(size_t)r * s->outputs + p], y[p]);
     low += s->rank, b += (size_t)s->rank * s->outputs, from = to;
   }
 }
@@ -322,9 +330,9 @@ inline_ float dot(const float *x, const float *y, int size) {
   return s;
 }
 
-static void normalize(const Engine *e, const float *x, const float *weight_, int size, float *out) {
+static void normalize(const Engine *e, const float *x, const float *weights, int size, float *out) {
   float scale = 1.0f / sqrtf(dot(x, x, size) / size + e->m.eps);
-  for (int i = 0; i < size; i++) out[i] = x[i] * scale * weight_[i];
+  for (int i = 0; i < size; i++) out[i] = x[i] * scale * weights[i];
 }
 
 static void embed(Engine *e, int token) {
@@ -335,12 +343,12 @@ static void embed(Engine *e, int token) {
 }
 
 /* x += y; h = norm(x). */
-static void add_and_normalize(Engine *e, const Site *s, const float *weight_, int token) {
+static void add_and_normalize(Engine *e, const Site *s, const float *weights, int token) {
   int hidden = e->m.hidden;
   float *x = e->x + (size_t)token * hidden, *y = e->y + (size_t)token * s->outputs;
   add_adapter(e, s, token);
   for (int i = 0; i < hidden; i++) x[i] += y[i];
-  normalize(e, x, weight_, hidden, e->h + (size_t)token * hidden);
+  normalize(e, x, weights, hidden, e->h + (size_t)token * hidden);
 }
 
 /* Rotary positions; keys and values into the token's row. */
@@ -470,31 +478,26 @@ static void activate(Engine *e, const Site *s, int token) {
   for (int index; (index = take(e)) < (count);) what; \
   barrier(e)
 
-static void walk(Engine *e, int number) {
+/* One thread's way through a step. */
+static void walk(Engine *e, int thread) {
   const Model *m = &e->m;
   const Tokens *t = &e->t;
-  float *scratch = e->scratch + number * e->scratch_size;
+  float *scratch = e->scratch + thread * e->scratch_size;
   EACH(i, t->count, embed(e, i));
-  for (int number_ = 0; number_ < m->layers; number_++) {
-    const Layer *l = &m->layer[number_];
+  for (const Layer *l = m->layer; l < m->layer + m->layers; l++) {
     multiply(e, &l->qkv, e->h, t->count, e->y, scratch);
-    barrier(e);
     EACH(i, t->count, place(e, l, i));
     EACH(i, (t->count + e->together - 1) / e->together * m->kv_heads, attend_rows(e, l, i, scratch));
     multiply(e, &l->o, e->z, t->count, e->y, scratch);
-    barrier(e);
     EACH(i, t->count, add_and_normalize(e, &l->o, l->feed_norm, i));
     multiply(e, &l->gate_up, e->h, t->count, e->y, scratch);
-    barrier(e);
     EACH(i, t->count, activate(e, &l->gate_up, i));
     multiply(e, &l->down, e->z, t->count, e->y, scratch);
-    barrier(e);
-    EACH(i, t->count, add_and_normalize(e, &l->down, number_ + 1 < m->layers ? l[1].attention_norm : m->norm, i));
+    EACH(i, t->count, add_and_normalize(e, &l->down, l + 1 < m->layer + m->layers ? l[1].attention_norm : m->norm, i));
   }
   EACH(i, t->last_count,
        memcpy(e->z + (size_t)i * m->hidden, e->h + (size_t)t->last[i] * m->hidden, m->hidden * sizeof(float)));
   multiply(e, &m->head, e->z, t->last_count, t->logits, scratch);
-  barrier(e);
 }
 
 static void *work(void *given) {
@@ -554,7 +557,7 @@ Engine *heed_open(const Model *model, int32_t threads) {
   e->threads = 1;
   e->widest = larger(larger(l->qkv.outputs, l->gate_up.outputs), model->hidden);
   e->deepest = larger(larger(l->o.inputs, l->down.inputs), model->hidden);
-  e->ranks = 3 * l->qkv.rank;
+  e->ranks = 3 * l->qkv.rank; /* q, k and v are the most that share an input */
   int heads = model->heads / model->kv_heads;
   e->together = larger(1, 4 * COLUMNS / heads);
   e->queries = e->together * heads;

@@ -47,10 +47,19 @@ ORACLES = {0: MODEL} | {v: bases.with_peft(copy.deepcopy(MODEL), w) for v, w in 
 PROMPT = (5, 6, 7, 8)
 
 
+WAY = {"native": True}
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest) -> None:
+    """Every test is run with the native step, where there is a compiler, and with torch's operations, as on a GPU."""
+    WAY["native"] = request.param == "native"
+
+
 @contextmanager
 def an_engine(*, versions: tuple[int, ...] = (), started: bool = False, **settings: Any) -> Iterator[Engine]:
     """As the server has it: products laid out, prefixes remembered (few, so that they give way to others)."""
-    chosen = {"rows": 4, "max_len": 96, "seed": 0, "packed": True, "prefix_tokens": 192} | settings
+    chosen = {"rows": 4, "max_len": 96, "seed": 0, "packed": True, "prefix_tokens": 192} | WAY | settings
     engine = Engine(MODEL, CHAT, **chosen)
     try:
         for version in versions:

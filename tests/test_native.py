@@ -6,16 +6,19 @@ import logging
 import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from serving import native
 from serving.engine import Engine, Finished, Request, Sampling
 from serving.native import Native
 from tests import bases
+from tests.test_forward import KINDS, make
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler (apt-get install gcc libc6-dev)"
@@ -43,7 +46,8 @@ def engine_of(model: Any, *, threads: int | None = None, **settings: Any) -> Eng
         engine = Engine(model, CHAT, **({"rows": 8, "max_len": 96, "seed": 0} | settings))
     finally:
         torch.set_num_threads(before)
-    assert engine._forward._native is not None
+    assert engine.way == "the native step"
+    assert engine.copied_bytes == 0
     for version in (1, 2):
         engine.stage(version, bases.adapter(model, seed=version))
     return engine
@@ -78,9 +82,24 @@ def test_any_size_and_type(sizes: str, dtype: torch.dtype):
         assert reply.raw_logprobs == pytest.approx(expected.tolist(), abs=within)
 
 
+def qwen3() -> PreTrainedModel:
+    return make(KINDS["qwen3"])
+
+
+def windowed() -> PreTrainedModel:
+    return make(KINDS["mistral, window 9"])
+
+
+def odd() -> PreTrainedModel:
+    return bases.llama(**SIZES["nothing divides by anything"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_reply_is_the_same_to_the_last_bit_in_any_company(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    model = bases.llama(**SIZES["nothing divides by anything"]).to(dtype)
+@pytest.mark.parametrize("base", [odd, qwen3, windowed])
+def test_a_reply_is_the_same_to_the_last_bit_in_any_company(
+    base: Callable[[], PreTrainedModel], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    model = base().to(dtype)
     requests = [request(i, length=5 + 9 * i) for i in range(8)]
     alone = engine_of(model)
     expected = [said(alone.generate([one])[0]) for one in requests]
@@ -103,7 +122,11 @@ def test_ids_and_lengths_beyond_the_model_are_errors_and_not_memory():
     assert step is not None
     with pytest.raises(IndexError, match="a row holds 96"):
         step(0, [[1] * 97], [0], [-1])
+    with pytest.raises(IndexError, match="an id is not among"):
+        step(0, [[-1]], [0], [-1])
     engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        step(0, [[1]], [0], [-1])
 
 
 def test_not_finite_in_a_slot_stays_with_those_who_chose_it():
@@ -175,11 +198,23 @@ def test_what_does_not_compile_is_said(home: Path, monkeypatch: pytest.MonkeyPat
     assert "error:" in caplog.text
 
 
-def test_a_folder_that_others_may_write_to_is_not_trusted(home: Path):
-    home.mkdir(parents=True)
-    home.chmod(0o777)
+def test_a_folder_that_others_may_write_to_is_not_trusted(home: Path, monkeypatch: pytest.MonkeyPatch):
+    targets = list(bases.adapter(bases.llama()).tensors)
+    assert Native.library(bases.llama(), targets) is not None
+    (place,) = home.iterdir()
+    elsewhere = home.parent.parent / "elsewhere" / ".cache" / "heed"
+    elsewhere.mkdir(parents=True)
+    elsewhere.chmod(0o777)
+    (elsewhere / place.name).write_bytes(b"planted")
+    monkeypatch.setenv("HOME", str(home.parent.parent / "elsewhere"))
+    assert Native.library(bases.llama(), targets) is not None
+    assert (elsewhere / place.name).read_bytes() == b"planted"  # neither loaded nor, being torn, compiled anew
+
+
+def test_a_user_without_a_home_has_it_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    monkeypatch.setattr(Path, "expanduser", lambda _self: (_ for _ in ()).throw(RuntimeError("no home")))
     assert Native.library(bases.llama(), list(bases.adapter(bases.llama()).tensors)) is not None
-    assert not list(home.iterdir())
 
 
 def test_models_of_another_build_go_their_own_way():

@@ -18,14 +18,18 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, Exchange, parse_event
 from feedback.log import open_log
+from serving import process
 from serving.claims import LEAVING, CannotStart, hold, listen
 from serving.config import ServingConfig
 from serving.exits import Exit
-from serving.process import serve
+from serving.model import load_model
+from serving.native import Native
+from serving.process import load_base, serve
 from tests.served import config_for, make_model
 
 PROGRAM = """
@@ -37,6 +41,22 @@ sys.exit(serve(ServingConfig.model_validate_json(sys.argv[1])))
 """
 ROOT = Path(__file__).resolve().parent.parent
 LONG = 4096
+
+
+def test_auto_is_the_type_of_the_files_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = make_model(tmp_path / "model")
+    model, chat = load_model(folder)
+    whole = ServingConfig(model=str(folder))
+    assert load_base(whole)[0].dtype == torch.float32
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    chat.tokenizer.save_pretrained(tmp_path / "half")
+    half = ServingConfig(model=str(tmp_path / "half"))
+    monkeypatch.setattr(process, "computes_bfloat16", lambda: True)
+    assert load_base(half)[0].dtype == torch.bfloat16
+    monkeypatch.setattr(process, "computes_bfloat16", lambda: False)
+    monkeypatch.setattr(Native, "library", lambda _model, _targets: None)
+    assert load_base(half)[0].dtype == torch.float32
+    assert load_base(half.model_copy(update={"dtype": "bfloat16"}))[0].dtype == torch.bfloat16
 
 
 class Running:
