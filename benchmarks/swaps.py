@@ -3,7 +3,7 @@
 Counts what went wrong, compares the gaps between tokens that overlap a swap with all others, and scores every kept
 reply again by a plain forward of the version it names.
 
-    python -m benchmarks.swaps [--seconds 60] [--shape S]
+    python -m benchmarks.swaps [--seconds 60] [--shape S] [--beside]     --beside: vLLM's load_lora_adapter under the same load
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.load import Answer, ask, quantile
-from benchmarks.servers import CACHE, Heed
-from benchmarks.shapes import SHAPES, make, prompt
+from benchmarks.peers import Vllm
+from benchmarks.servers import CACHE, Heed, Server
+from benchmarks.shapes import ADAPTERS, SHAPES, make, prompt
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, Exchange, parse_event
 from feedback.log import open_log
@@ -47,17 +48,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--shape", choices=list(SHAPES), default="S")
+    parser.add_argument("--beside", action="store_true", help="vLLM instead of Heed, in its fastest type")
     given = parser.parse_args()
     model = make(SHAPES[given.shape], CACHE / "models")
+    count = int(given.seconds / EVERY_S) + 1
     with tempfile.TemporaryDirectory(prefix="heed-swaps-") as work:
-        server = Fp32(model, Path(work))
+        server = (Vllm if given.beside else Fp32)(model, Path(work))
+        server.install()
         server.start()
         try:
-            versions = publish(server, model, int(given.seconds / EVERY_S) + 1)
-            answers, failures, swaps = asyncio.run(talk_and_swap(server, model, versions, given.seconds))
+            names = [f"swap{i}" for i in range(count)]
+            if isinstance(server, Fp32):
+                names = [f"default@v{version}" for version in publish(server, model, count)]
+            answers, failures, swaps = asyncio.run(talk_and_swap(server, model, names, given.seconds))
         finally:
             server.stop()
-        print(json.dumps(report(answers, failures, swaps) | rescored(server, model), indent=1))
+        told = report(answers, failures, swaps)
+        print(json.dumps(told | (rescored(server, model) if isinstance(server, Fp32) else {}), indent=1))
 
 
 def publish(server: Heed, model: Path, count: int) -> list[int]:
@@ -75,7 +82,7 @@ def publish(server: Heed, model: Path, count: int) -> list[int]:
 
 
 async def talk_and_swap(
-    server: Heed, model: Path, versions: Sequence[int], seconds: float
+    server: Server, model: Path, names: Sequence[str], seconds: float
 ) -> tuple[list[Answer], list[str], list[tuple[float, float]]]:
     """Answers, what failed, and from when to when each swap took: promoted, and first heard."""
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -89,7 +96,7 @@ async def talk_and_swap(
         turn = 0
         while time.perf_counter() < until:
             turn += 1
-            body = server.body(prompts[(64 * number + turn) % len(prompts)], NEW, None) | {"model": "default"}
+            body = server.body(prompts[(64 * number + turn) % len(prompts)], NEW, None) | {"model": speaking}
             try:
                 answer = await ask(server.port, server.path, body)
                 said = json.loads(answer.last)
@@ -102,14 +109,20 @@ async def talk_and_swap(
             answers.append(answer)
 
     promoted: dict[str, float] = {}
+    speaking = "default" if isinstance(server, Heed) else "a"
 
     async def swapper() -> None:
-        for version in versions:
+        nonlocal speaking
+        for number, name in enumerate(names):
             await asyncio.sleep(EVERY_S)
             if time.perf_counter() > until - EVERY_S:
                 return
-            promoted[f"default@v{version}"] = time.perf_counter()
-            await asyncio.to_thread(promote, server.port, version)
+            promoted[name] = time.perf_counter()
+            if isinstance(server, Heed):
+                await asyncio.to_thread(promote, server.port, int(name.rpartition("v")[2]))
+            else:  # new requests name the new adapter once it is loaded
+                await asyncio.to_thread(load, server.port, name, model / "adapters" / ADAPTERS[number % 2])
+                speaking = name
 
     await asyncio.gather(swapper(), *(talker(number) for number in range(TALKERS)))
     return answers, failures, [(at, heard[name]) for name, at in promoted.items() if name in heard]
@@ -125,13 +138,24 @@ def promote(port: int, version: int) -> None:
         assert answer.status == 200
 
 
+def load(port: int, name: str, adapter: Path) -> None:
+    """vLLM's way to another adapter."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/load_lora_adapter",
+        data=json.dumps({"lora_name": name, "lora_path": str(adapter)}).encode(),
+        headers={"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.status == 200
+
+
 def report(answers: Sequence[Answer], failures: Sequence[str], swaps: Sequence[tuple[float, float]]) -> Json:
     during: list[float] = []
     others: list[float] = []
-    timed = 0
+    timed, most = 0, max(len(answer.at) for answer in answers)
     for answer in answers:
         tokens = answer.at[:-2]  # the last two say that it has ended, once the log has it
-        if len(tokens) <= NEW:  # besides the role; where text was held back (half a character), gaps are no gaps
+        if len(answer.at) < most:  # text was held back (half a character): its gaps are no gaps between tokens
             continue
         timed += 1
         for before, after in itertools.pairwise(tokens):

@@ -168,7 +168,8 @@ def test_no_reply_ends_before_its_exchange_is_in_the_log(serve_with: Callable[..
 
 
 def test_logprobs_are_the_models_own_and_agree_with_what_is_kept(server: Served):
-    choice = server.chat(logprobs=True, top_logprobs=3, temperature=0.5, heed={"ignore_eos": True}).json()["choices"][0]
+    more = {"logprobs": True, "top_logprobs": 3, "temperature": 0.5, "seed": 3, "heed": {"ignore_eos": True}}
+    choice = server.chat(**more).json()["choices"][0]
     entries = choice["logprobs"]["content"]
     [kept] = server.exchanges()
     assert [entry["logprob"] for entry in entries] == pytest.approx(list(kept.content.raw_logprobs))
