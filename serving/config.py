@@ -27,8 +27,8 @@ class ServingConfig(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="type of the base's weights; auto: bfloat16 on a GPU, and on a CPU where they are stored so and the native "
-        "step computes with them, else float32; on a CPU the learner always takes float32",
+        description="type of the base's weights; auto: bfloat16 on a GPU, and on a CPU where they are stored so and it "
+        "computes with them fast, else float32; on a CPU the learner always takes float32",
     )
     threads: int = Field(
         0, ge=0, le=1024, description="compute threads of the server; 0: as many as the processor has cores"

@@ -132,9 +132,8 @@ class Engine:
         library = Native.library(model, targets) if native else None
         self._slots = Slots(model, targets, slots, rank, packed=packed and library is None)
         self._forward = Forward(model, self._slots, rows, max_len, library)
-        self._torch_alone = nullcontext if library is None else one_thread
-        self._exact = library is not None
-        """True when it makes no difference in how large pieces a prompt is read."""
+        self._native = library is not None
+        """Then it makes no difference in how large pieces a prompt is read, and torch's own threads are in the way."""
         with torch.inference_mode():
             self._forward.check()
         self._versions = Versions(slots)
@@ -188,7 +187,7 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Finished]:
         """Whole replies in the order of the requests, of which there may be more than the line holds."""
         streams = [self._submit(request, None, tokens=False, bounded=False) for request in requests]
-        with self._torch_alone():
+        with one_thread() if self._native else nullcontext():
             return [stream.result() for stream in streams]
 
     def _submit(
@@ -233,7 +232,7 @@ class Engine:
             pieces = [reply.prompt_ids[reply.prefilled : reply.prefilled + width] for reply in replies]
             begun = time.perf_counter()
             logits_BV = self._logits(replies, pieces, [reply.prefilled for reply in replies])
-            if (count := sum(map(len, pieces))) >= PROMPT_TOKENS_AT_LEAST and self._exact:
+            if (count := sum(map(len, pieces))) >= PROMPT_TOKENS_AT_LEAST and self._native:
                 self._prompt_rate = count / (time.perf_counter() - begun)
             for reply, piece in zip(replies, pieces, strict=True):
                 reply.prefilled += len(piece)
@@ -429,10 +428,8 @@ class Engine:
     def start(self) -> None:
         """Make the steps in a thread of the engine's own, until `close`."""
         threads, begun = torch.get_num_threads(), threading.Event()
-        alone = self._torch_alone is one_thread
-        self._thread = threading.Thread(
-            target=self._work, args=(1 if alone else threads, begun), name="engine", daemon=True
-        )
+        given = 1 if self._native else threads, begun
+        self._thread = threading.Thread(target=self._work, args=given, name="engine", daemon=True)
         self._thread.start()
         begun.wait()
         torch.set_num_threads(threads)  # what threads that come later begin with

@@ -85,7 +85,7 @@ def stored_as_bfloat16(model: str | Path | None) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         return "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, OSError) as error:
         raise ModelError(
             f"{str(folder / 'config.json')!r} is no JSON object: {_one_line(error)}. {_ALLOWED}"
         ) from error

@@ -129,10 +129,10 @@ class Native:
             layer=layers,
         )
         self._kept.append(layers)
-        self._engine = library.heed_open(ctypes.byref(described), torch.get_num_threads())
-        if not self._engine:
+        self._stepper = library.heed_open(ctypes.byref(described), torch.get_num_threads())
+        if not self._stepper:
             raise MemoryError("there is no memory, or there are no threads, for the native step")
-        self.close = weakref.finalize(self, library.heed_close, self._engine)
+        self.close = weakref.finalize(self, library.heed_close, self._stepper)
         """End its threads, and free its memory."""
         self.close.atexit = False  # a step may still be running then; threads and memory go with the process
 
@@ -161,7 +161,7 @@ class Native:
             last,
         )
         tokens = _Tokens(end, len(ids), *(a.buffer_info()[0] for a in arrays), logits_BV.data_ptr())
-        if self._library.heed_step(self._engine, ctypes.byref(tokens)):
+        if self._library.heed_step(self._stepper, ctypes.byref(tokens)):
             raise MemoryError(f"there is no memory for a step of {end} tokens")
         return logits_BV
 

@@ -155,10 +155,10 @@ typedef struct {
   pthread_cond_t wake;
   atomic_uint step, phase;
   atomic_int arrived, next, closing;
-} Engine;
+} Stepper;
 
 typedef struct {
-  Engine *e;
+  Stepper *e;
   int32_t number;
 } Worker;
 
@@ -171,7 +171,7 @@ inline_ void relax(int spins) {
   if (spins > 500) sched_yield();
 }
 
-static void barrier(Engine *e) {
+static void barrier(Stepper *e) {
   unsigned phase = atomic_load(&e->phase);
   if (atomic_fetch_add(&e->arrived, 1) == e->threads - 1) {
     atomic_store(&e->arrived, 0);
@@ -182,7 +182,7 @@ static void barrier(Engine *e) {
   }
 }
 
-inline_ int take(Engine *e) { return atomic_fetch_add_explicit(&e->next, 1, memory_order_relaxed); }
+inline_ int take(Stepper *e) { return atomic_fetch_add_explicit(&e->next, 1, memory_order_relaxed); }
 
 /* Products: y[token][output] = w[output] · x[token], four outputs of a few tokens at a time. */
 
@@ -260,7 +260,7 @@ static void multiply_panel(const Linear *l, int begin, int rows, int inputs, con
 }
 
 /* A·x of some tokens, those of one slot together. */
-static void multiply_a(Engine *e, const Site *s, const float *x, int begin, int end) {
+static void multiply_a(Stepper *e, const Site *s, const float *x, int begin, int end) {
   int ranks = s->members * s->rank;
   for (int from = begin, to; from < end; from = to) {
     int slot = e->t.slot[from];
@@ -272,7 +272,7 @@ static void multiply_a(Engine *e, const Site *s, const float *x, int begin, int 
 }
 
 /* y = W·x and low = A·x, for all tokens; B·low comes in the next phase. */
-static void multiply(Engine *e, const Site *s, const float *x, int count, float *y, float *scratch) {
+static void multiply(Stepper *e, const Site *s, const float *x, int count, float *y, float *scratch) {
   int most = s->outputs / (4 * e->threads) / ROWS * ROWS; /* so that each thread finds several tasks */
   int panel = most > PANEL ? PANEL : most < ROWS ? ROWS : most;
   int upto[3], panels = 0, together = 2 * COLUMNS;
@@ -295,7 +295,7 @@ static void multiply(Engine *e, const Site *s, const float *x, int count, float 
 }
 
 /* y += B·low of one token. */
-static void add_adapter(const Engine *e, const Site *s, int token) {
+static void add_adapter(const Stepper *e, const Site *s, int token) {
   int slot = e->t.slot[token], from = 0;
   if (slot < 0 || !s->rank) return;
   const float *low = e->low + (size_t)token * e->ranks;
@@ -330,12 +330,12 @@ inline_ float dot(const float *x, const float *y, int size) {
   return s;
 }
 
-static void normalize(const Engine *e, const float *x, const float *weights, int size, float *out) {
+static void normalize(const Stepper *e, const float *x, const float *weights, int size, float *out) {
   float scale = 1.0f / sqrtf(dot(x, x, size) / size + e->m.eps);
   for (int i = 0; i < size; i++) out[i] = x[i] * scale * weights[i];
 }
 
-static void embed(Engine *e, int token) {
+static void embed(Stepper *e, int token) {
   const weight *row = e->m.embedding + (size_t)e->t.id[token] * e->m.hidden;
   float *x = e->x + (size_t)token * e->m.hidden;
   for (int i = 0; i < e->m.hidden; i++) x[i] = from_weight(row[i]);
@@ -343,7 +343,7 @@ static void embed(Engine *e, int token) {
 }
 
 /* x += y; h = norm(x). */
-static void add_and_normalize(Engine *e, const Site *s, const float *weights, int token) {
+static void add_and_normalize(Stepper *e, const Site *s, const float *weights, int token) {
   int hidden = e->m.hidden;
   float *x = e->x + (size_t)token * hidden, *y = e->y + (size_t)token * s->outputs;
   add_adapter(e, s, token);
@@ -352,7 +352,7 @@ static void add_and_normalize(Engine *e, const Site *s, const float *weights, in
 }
 
 /* Rotary positions; keys and values into the token's row. */
-static void place(Engine *e, const Layer *l, int token) {
+static void place(Stepper *e, const Layer *l, int token) {
   const Model *m = &e->m;
   int dim = m->dim, half = dim / 2, position = e->t.position[token];
   const float *cos = m->cos + (size_t)position * dim, *sin = m->sin + (size_t)position * dim;
@@ -421,7 +421,7 @@ static float soften(float *score, int from, int to, int count, float scaling) {
 }
 
 /* Some tokens that follow each other in one row look at it with the heads that share a head of keys. */
-static void attend(Engine *e, const Layer *l, int begin, int end, int kv_head, float *scratch) {
+static void attend(Stepper *e, const Layer *l, int begin, int end, int kv_head, float *scratch) {
   const Model *m = &e->m;
   int dim = m->dim, heads = m->heads / m->kv_heads, queries = (end - begin) * heads, window = l->window;
   int first = e->t.position[begin] + 1, from = window && first > window ? first - window : 0;
@@ -450,7 +450,7 @@ static void attend(Engine *e, const Layer *l, int begin, int end, int kv_head, f
 }
 
 /* One head of keys for a few tokens, those of each row together. */
-static void attend_rows(Engine *e, const Layer *l, int task, float *scratch) {
+static void attend_rows(Stepper *e, const Layer *l, int task, float *scratch) {
   int kv_head = task % e->m.kv_heads, begin = task / e->m.kv_heads * e->together, end = begin + e->together;
   if (end > e->t.count) end = e->t.count;
   for (int to; begin < end; begin = to) {
@@ -460,7 +460,7 @@ static void attend_rows(Engine *e, const Layer *l, int task, float *scratch) {
 }
 
 /* z = silu(gate) · up. */
-static void activate(Engine *e, const Site *s, int token) {
+static void activate(Stepper *e, const Site *s, int token) {
   int feed = e->m.feed, i = 0;
   const float *gate = e->y + (size_t)token * s->outputs, *up = gate + feed;
   float *z = e->z + (size_t)token * feed;
@@ -479,7 +479,7 @@ static void activate(Engine *e, const Site *s, int token) {
   barrier(e)
 
 /* One thread's way through a step. */
-static void walk(Engine *e, int thread) {
+static void walk(Stepper *e, int thread) {
   const Model *m = &e->m;
   const Tokens *t = &e->t;
   float *scratch = e->scratch + thread * e->scratch_size;
@@ -502,7 +502,7 @@ static void walk(Engine *e, int thread) {
 
 static void *work(void *given) {
   Worker worker = *(Worker *)given;
-  Engine *e = worker.e;
+  Stepper *e = worker.e;
   free(given);
   for (unsigned done = 0;;) {
     for (int spins = 0; spins < 400 && atomic_load(&e->step) == done; spins++) relax(0);
@@ -517,7 +517,7 @@ static void *work(void *given) {
   }
 }
 
-static void begin_step(Engine *e) {
+static void begin_step(Stepper *e) {
   pthread_mutex_lock(&e->lock);
   atomic_fetch_add(&e->step, 1);
   pthread_cond_broadcast(&e->wake);
@@ -527,7 +527,7 @@ static void begin_step(Engine *e) {
 static int larger(int a, int b) { return a > b ? a : b; }
 
 /* Room for so many tokens a step; -1 when there is no memory. */
-static int make_room(Engine *e, int count) {
+static int make_room(Stepper *e, int count) {
   if (count <= e->room) return 0;
   float **all_[] = {&e->x, &e->h, &e->y, &e->z, &e->low};
   size_t sizes[] = {e->m.hidden, e->m.hidden, e->widest, e->deepest, e->ranks};
@@ -541,7 +541,7 @@ static int make_room(Engine *e, int count) {
   return 0;
 }
 
-void heed_close(Engine *e) {
+void heed_close(Stepper *e) {
   atomic_store(&e->closing, 1);
   begin_step(e);
   for (int i = 1; i < e->threads; i++) pthread_join(e->thread[i], NULL);
@@ -549,9 +549,9 @@ void heed_close(Engine *e) {
 }
 
 /* NULL when memory or threads are short. What `model` points to must outlive the engine. */
-Engine *heed_open(const Model *model, int32_t threads) {
+Stepper *heed_open(const Model *model, int32_t threads) {
   const Layer *l = model->layer;
-  Engine *e = calloc(1, sizeof *e);
+  Stepper *e = calloc(1, sizeof *e);
   if (!e) return NULL;
   e->m = *model;
   e->threads = 1;
@@ -582,7 +582,7 @@ Engine *heed_open(const Model *model, int32_t threads) {
 }
 
 /* 0, or -1 when memory is short. One call at a time. */
-int32_t heed_step(Engine *e, const Tokens *tokens) {
+int32_t heed_step(Stepper *e, const Tokens *tokens) {
   if (make_room(e, tokens->count)) return -1;
   e->t = *tokens;
   begin_step(e);
