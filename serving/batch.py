@@ -39,20 +39,21 @@ class Batch:
         """The replies whose prompt is still being read."""
         return self.replies[self.decoding :]
 
-    def next_pieces(self, share: int) -> tuple[list[Reply], int]:
-        """The replies whose prompts to read from now, and how many ids of each at most.
+    def next_pieces(self, share: int, *, padded: bool) -> list[tuple[Reply, int]]:
+        """The replies whose prompts to read from now, whose rows lie together, with how many ids of each.
 
-        Padded to the longest, the pieces are at most `share` ids; the replies' rows lie together.
+        In all at most `share` ids, counting the padding to the longest piece where they are `padded`.
         """
-        chosen: list[Reply] = []
-        width = 0
+        pieces: list[tuple[Reply, int]] = []
+        width, left = 0, share
         for reply in self.reading:
-            wider = max(width, min(reply.left_to_read, share))
-            if wider * (len(chosen) + 1) > share:
+            count = min(reply.left_to_read, share if padded else left)
+            width = max(width, count)
+            if count == 0 or (padded and width * (len(pieces) + 1) > share):
                 break
-            chosen.append(reply)
-            width = wider
-        return chosen, width
+            pieces.append((reply, count))
+            left -= count
+        return pieces
 
     def join(self, reply: Reply) -> None:
         """Give a reply a row, or let it follow one that reads the same prompt for the same version."""

@@ -13,18 +13,16 @@ they are called. So the learner makes its rollouts (learner/rollouts.py), with a
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from serving.backend import EngineStats, PromptTooLong
 from serving.chat import Chat
 from serving.commands import Commands
 from serving.forward import Forward
@@ -33,10 +31,10 @@ from serving.model import ModelError, fingerprint, load_model, twin
 from serving.native import Native, one_thread
 from serving.prefix import PrefixCache
 from serving.queueing import QueueFull
-from serving.reply import Reply
-from serving.sampling import RowSampling, Sampling, sample
+from serving.sampling import Sampling
 from serving.scheduler import Scheduler
-from serving.stream import Event, Finished, Reason, Request, Stream, Token, wake
+from serving.steps import Steps
+from serving.stream import Event, Finished, Reason, Request, Stream, Token
 from serving.versions import NoFreeSlot, ProbeFailed, UnknownVersion, VersionInUse, Versions
 
 __all__ = [
@@ -61,42 +59,10 @@ __all__ = [
     "twin",
 ]
 
-PROMPT_TOKENS_A_STEP = 512
-"""Most prompt tokens read in one step while someone listens to running replies."""
-PROMPT_S_A_STEP = 0.1
-"""And as many as are read in this time: what an arrival may delay them by."""
-PROMPT_TOKENS_AT_LEAST = 16
-PROMPT_TOKENS_A_STEP_UNHEARD = 2048
-"""The same while nobody listens token by token."""
-
 WARMED = 8
 """Beginnings of prompts that a version reads before it becomes the current one, at most."""
 
 _log = logging.getLogger(__name__)
-
-
-class PromptTooLong(ValueError):
-    """The prompt leaves no room for a reply, or is empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """The engine at a moment, and totals since it was made."""
-
-    running: int
-    waiting: int
-    rows: int
-    kv_used: int
-    """Positions that hold keys and values, of `kv_capacity`."""
-    kv_capacity: int
-    steps: int
-    prompt_tokens: int
-    """Prompt tokens read; a prompt that several replies share is read once."""
-    prefix_tokens: int
-    """Prompt tokens that did not have to be read, because an earlier prompt or reply began alike."""
-    reply_tokens: int
-    ended: dict[str, int]
-    """Replies by the reason they ended with."""
 
 
 class Engine:
@@ -132,22 +98,13 @@ class Engine:
         library = Native.library(model, targets) if native else None
         self._slots = Slots(model, targets, slots, rank, packed=packed and library is None)
         self._forward = Forward(model, self._slots, rows, max_len, library)
-        self._native = library is not None
-        """Then it makes no difference in how large pieces a prompt is read, and torch's own threads are in the way."""
         with torch.inference_mode():
             self._forward.check()
         self._versions = Versions(slots)
         self._prefixes = PrefixCache(self._forward.kv, prefix_tokens)
         self._scheduler = Scheduler(self._forward.kv, self._prefixes, chat, self._versions, max_waiting, seed)
         self._batch = self._scheduler.batch
-        self._sampling: RowSampling | None = None
-        """Of the replies that decode; None once these have changed."""
-        self._events: list[tuple[Stream, Event]] = []
-        self._steps = self._prompt_tokens = self._reply_tokens = 0
-        self._prompt_rate = math.inf
-        """Prompt tokens a second, as last read."""
-        self._ended: Counter[str] = Counter()
-        self._last_failure = ""
+        self._steps = Steps(self._forward, self._scheduler)
         self._thread: threading.Thread | None = None
         self._stepping = threading.RLock()
         self._staging = threading.Lock()
@@ -174,10 +131,7 @@ class Engine:
     def submit(
         self, request: Request, on_event: Callable[[Event], None] | None = None, *, tokens: bool = True
     ) -> Stream:
-        """Put a request in line. `on_event` gets each event from the engine's thread; `tokens=False`: the last only.
-
-        Raises QueueFull, PromptTooLong, UnknownVersion.
-        """
+        """As Backend. `on_event` is called from the engine's thread."""
         return self._submit(request, on_event, tokens=tokens, bounded=True)
 
     def cancel(self, stream: Stream) -> None:
@@ -187,7 +141,7 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Finished]:
         """Whole replies in the order of the requests, of which there may be more than the line holds."""
         streams = [self._submit(request, None, tokens=False, bounded=False) for request in requests]
-        with one_thread() if self._native else nullcontext():
+        with one_thread() if self._forward.native else nullcontext():
             return [stream.result() for stream in streams]
 
     def _submit(
@@ -203,131 +157,20 @@ class Engine:
         self._scheduler.submit(stream, bounded=bounded)
         return stream
 
-    # Step: schedule, read prompts, sample tokens, stream.
+    # Step.
 
     def step(self) -> bool:
         """One step by hand, for an engine without a thread; False when nothing is left to do."""
         with self._stepping:
-            with torch.inference_mode():
-                self._commands.run()
-                for reply, why in self._scheduler.unwanted():
-                    self._end(reply, "abort", why)
-                self._scheduler.admit()
-                self._read_prompts()
-                self._decode()
-            self._steps += 1
-            self._deliver()
+            self._commands.run()
+            self._steps.take()
             return bool(len(self._batch) or self._scheduler.waiting)
-
-    def _read_prompts(self) -> None:
-        """Read a piece of the new prompts; replies whose prompt is whole get their first token."""
-        share = PROMPT_TOKENS_A_STEP_UNHEARD
-        if self._heard():
-            timely = max(PROMPT_TOKENS_AT_LEAST, PROMPT_S_A_STEP * self._prompt_rate)
-            share = int(min(PROMPT_TOKENS_A_STEP, timely))
-        replies, width = self._batch.next_pieces(share)
-        if not replies:
-            return
-        with self._guarded([one for reply in replies for one in (reply, *reply.followers)]):
-            pieces = [reply.prompt_ids[reply.prefilled : reply.prefilled + width] for reply in replies]
-            begun = time.perf_counter()
-            logits_BV = self._logits(replies, pieces, [reply.prefilled for reply in replies])
-            if (count := sum(map(len, pieces))) >= PROMPT_TOKENS_AT_LEAST and self._native:
-                self._prompt_rate = count / (time.perf_counter() - begun)
-            for reply, piece in zip(replies, pieces, strict=True):
-                reply.prefilled += len(piece)
-                self._prompt_tokens += len(piece)
-            chosen: list[int] = []
-            first: list[Reply] = []
-            for i, reply in enumerate(replies):  # rows change places here: what each of them holds is known by now
-                if not reply.left_to_read:
-                    started = self._batch.start_decoding(reply)
-                    first += started
-                    chosen += [i] * len(started)
-            if first:
-                self._sampling = None
-                self._sample(first, logits_BV[chosen], _row_sampling(first, logits_BV.device))
-                for reply in first:
-                    if reply.row >= 0:  # else it has ended, and what it read was remembered unless that was not finite
-                        self._batch.remember(reply)
-
-    def _decode(self) -> None:
-        """One more token for every reply whose prompt is read; while nobody listens, only once all prompts are."""
-        replies = self._batch.replies[: self._batch.decoding]
-        if not replies or (self._batch.reading and not self._heard()):
-            return  # while nobody listens, all prompts come first: then every step is a full one
-        with self._guarded(replies):
-            logits_BV = self._logits(replies, [reply.ids[-1:] for reply in replies], [reply.used for reply in replies])
-            if self._sampling is None:
-                self._sampling = _row_sampling(replies, logits_BV.device)
-            self._sample(replies, logits_BV, self._sampling)
-
-    def _logits(self, replies: Sequence[Reply], ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """Logits after the last of these ids of each reply, given that `starts` positions of its row are filled."""
-        return self._forward.run(replies[0].row, ids, starts, [reply.slot for reply in replies])
-
-    def _sample(self, replies: Sequence[Reply], logits_BV: Tensor, rows: RowSampling) -> None:
-        """Draw a token for each reply, and end those that end with it."""
-        drawn = sample(logits_BV, rows, [len(reply.ids) for reply in replies])
-        self._reply_tokens += len(replies)
-        ended: list[tuple[Reply, Reason]] = []
-        for i, reply in enumerate(replies):
-            if not math.isfinite(drawn.raw_logprobs[i]):
-                ended.append((reply, "error"))
-                continue
-            top = drawn.top[i] if drawn.top is not None else ()
-            reason = reply.take(drawn.ids[i], drawn.logprobs[i], drawn.raw_logprobs[i], top)
-            if reply.stream.tokens:
-                self._events.append((reply.stream, reply.token()))
-            if reason is not None:
-                ended.append((reply, reason))
-        for reply, reason in ended:
-            self._end(reply, reason, "the model's logits are not finite" if reason == "error" else None)
-
-    def _end(self, reply: Reply, reason: Reason, error: str | None = None) -> None:
-        """Free the reply's row and its hold on its version; the last event follows."""
-        self._scheduler.end(reply, dirty=reason == "error")
-        self._sampling = None
-        self._ended[reason] += 1
-        self._events.append((reply.stream, reply.finished(reason, error)))
-
-    @contextmanager
-    def _guarded(self, replies: Collection[Reply]) -> Iterator[None]:
-        """Whatever the model or the device raises ends these replies, not the engine."""
-        try:
-            yield
-        except Exception as error:
-            repeated = str(error) == self._last_failure
-            self._last_failure = str(error)
-            _log.error("a forward of %d rows failed: %s", len(replies), error, exc_info=not repeated)
-            for reply in [reply for reply in self._batch if reply in replies]:
-                self._end(reply, "error", f"the model failed: {type(error).__name__}: {error}")
-
-    def _heard(self) -> bool:
-        """True when someone listens, token by token, to a reply that is being decoded."""
-        return any(reply.stream.tokens for reply in self._batch.replies[: self._batch.decoding])
-
-    def _deliver(self) -> None:
-        """Give the step's events to their streams; a listener that fails ends its own reply."""
-        events, self._events = self._events, []
-        readers = []
-        for stream, event in events:
-            try:
-                reader = stream.deliver(event)
-            except Exception:  # a listener's own fault must not end the replies of others
-                if not stream.cancelled:
-                    _log.exception("a listener failed; its reply is cancelled")
-                self.cancel(stream)
-            else:
-                if reader is not None:
-                    readers.append(reader)
-        wake(readers)
 
     # Versions: stage → activate → retire.
 
     @property
     def current(self) -> int:
-        """The version of requests that name none."""
+        """As Backend."""
         return self._versions.current
 
     def loaded(self) -> dict[int, int]:
@@ -428,7 +271,7 @@ class Engine:
     def start(self) -> None:
         """Make the steps in a thread of the engine's own, until `close`."""
         threads, begun = torch.get_num_threads(), threading.Event()
-        given = 1 if self._native else threads, begun
+        given = 1 if self._forward.native else threads, begun
         self._thread = threading.Thread(target=self._work, args=given, name="engine", daemon=True)
         self._thread.start()
         begun.wait()
@@ -457,11 +300,11 @@ class Engine:
             rows=self.rows,
             kv_used=sum(reply.used for reply in self._batch.replies.copy()),
             kv_capacity=self.rows * self.max_len,
-            steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
+            steps=self._steps.taken,
+            prompt_tokens=self._steps.prompt_tokens,
             prefix_tokens=self._batch.found,
-            reply_tokens=self._reply_tokens,
-            ended=dict(self._ended),
+            reply_tokens=self._steps.reply_tokens,
+            ended=dict(self._steps.ended),
         )
 
     def _work(self, threads: int, begun: threading.Event) -> None:
@@ -484,9 +327,7 @@ class Engine:
     def _end_all(self, reason: Reason, why: str) -> None:
         with self._stepping:
             self._commands.run()
-            for reply in self._scheduler.everyone():
-                self._end(reply, reason, why)
-            self._deliver()
+            self._steps.end_all(reason, why)
 
     def _drive(self) -> bool:
         """A step for someone who waits for a result; False when the engine makes its steps itself, or is closed."""
@@ -494,7 +335,3 @@ class Engine:
             return False
         self.step()
         return True
-
-
-def _row_sampling(replies: Sequence[Reply], device: torch.device) -> RowSampling:
-    return RowSampling([reply.sampling for reply in replies], [reply.seed for reply in replies], device)

@@ -1,6 +1,6 @@
 """One forward over some of the running rows: logits of each last token.
 
-By the native step, by the decoder, or by the Hugging Face model itself.
+By the native step, by the decoder, or by the Hugging Face model itself; on a GPU, decoding steps by their recordings.
 
 Axes: B rows, T tokens a row (shorter ones padded on the left, so that the last token of every row is the last column; the
 native step pads nothing), K positions seen, V vocabulary.
@@ -8,6 +8,7 @@ native step pads nothing), K positions seen, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from ctypes import CDLL
 
@@ -16,10 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from serving.decoder import Decoder, fits
+from serving.graphs import Graphs, recorder
 from serving.kv import KeyValueRows, given_cache, layer_shapes
 from serving.lora import BASE, Slots
 from serving.model import ModelError
 from serving.native import Native
+
+_log = logging.getLogger(__name__)
 
 
 class Forward:
@@ -42,13 +46,22 @@ class Forward:
         self._native = Native(library, model, slots, self.kv, shapes) if library is not None else None
         decodes = self._native is None and fits(model, slots.targets)
         self._decoder = Decoder(model, slots, self.kv) if decodes else None
+        record = recorder(model.device)
+        self._graphs = Graphs(self._fixed, self.kv, record, model.device) if record is not None else None
 
     @property
     def way(self) -> str:
         """What computes it, in words."""
         if self._native is not None:
             return "the native step"
-        return "the decoder" if self._decoder is not None else "the model's own forward"
+        way = "the decoder" if self._decoder is not None else "the model's own forward"
+        return f"recordings of {way}" if self._graphs is not None else way
+
+    @property
+    def native(self) -> bool:
+        """True when no token is padded, so that it makes no difference in how large pieces a prompt is read; and then
+        torch's own threads are in the way."""
+        return self._native is not None
 
     def close(self) -> None:
         """End the threads of its own."""
@@ -63,6 +76,8 @@ class Forward:
         """
         if self._native is not None:
             return self._native(first, ids, starts, slots)
+        if self._graphs is not None and first == 0 and all(len(row) == 1 for row in ids):
+            return self._graphs([row[0] for row in ids], starts, slots)
         width = max(len(row) for row in ids)
         padding = [width - len(row) for row in ids]
         read = max(start + len(row) for start, row in zip(starts, ids, strict=True))
@@ -77,18 +92,28 @@ class Forward:
             position_BT = position_BT.masked_fill(is_padding_BT, 0)
             place_BT = position_BT.masked_fill(is_padding_BT, self.kv.length)
         self.kv.aim(first, place_BT, read)
-        mask = self._mask(position_BT, read)
         with self.slots.chosen(slots, width):
-            if self._decoder is not None and isinstance(mask, Tensor):
-                return self._decoder(ids_BT, position_BT, mask)
-            output = self.model(
-                input_ids=ids_BT,
-                position_ids=position_BT,
-                attention_mask=mask,
-                use_cache=True,
-                logits_to_keep=1,
-                **self._given_cache,
-            )
+            return self._compute(ids_BT, position_BT, read)
+
+    def _fixed(self, given_4B: Tensor, read: int, adapters: bool) -> Tensor:
+        """One token of each row, by operations on the device alone (serving/graphs.py)."""
+        ids_B1, position_B1, place_B1, slot_B1 = given_4B[..., None]
+        self.kv.aim(0, place_B1, read)
+        with self.slots.chosen_on_device(slot_B1 if adapters else None):
+            return self._compute(ids_B1, position_B1, read)
+
+    def _compute(self, ids_BT: Tensor, position_BT: Tensor, read: int) -> Tensor:
+        mask = self._mask(position_BT, read)
+        if self._decoder is not None and isinstance(mask, Tensor):
+            return self._decoder(ids_BT, position_BT, mask)
+        output = self.model(
+            input_ids=ids_BT,
+            position_ids=position_BT,
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=1,
+            **self._given_cache,
+        )
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
@@ -105,6 +130,7 @@ class Forward:
 
         Raises ModelError when they differ: some architectures look at masks or positions in ways of their own.
         """
+        self._record()
         if self.kv.length < 4:
             return  # too short to be read in pieces
         ids = [1 + i % 7 for i in range(min(12, self.kv.length))]
@@ -123,6 +149,15 @@ class Forward:
         difference = (logits_BV.float().log_softmax(-1) - plain.float().log_softmax(-1)).abs().max().item()
         if not difference < (1e-3 if self.model.dtype == torch.float32 else 0.5):
             raise ModelError(f"a {name} model cannot be served: read in pieces, its log-probs are {difference:.2g} off")
+
+    def _record(self) -> None:
+        """Record the decoding steps, where that can be done."""
+        if self._graphs is not None:
+            try:
+                self._graphs.record()
+            except RuntimeError as error:  # a forward that waits for the device, or there is no memory left
+                self._graphs = None
+                _log.warning("Decoding steps cannot be recorded, replies are slower than they could be: %s", error)
 
     def _mask(self, position_BT: Tensor, read: int) -> Tensor | dict[str, Tensor]:
         """What each token sees, as numbers to add to the attention scores [B, 1, T, K]; one for each kind of layer."""

@@ -78,6 +78,7 @@ class Slots:
         """
         self.count, self.rank = count, rank
         self._selection = _Selection(count, model.device)
+        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         modules = dict(model.named_modules())
         for path in targets:
             if not _is_linear(modules.get(path)):
@@ -107,14 +108,15 @@ class Slots:
     def write(self, slot: int, weights: AdapterWeights) -> None:
         """Copy an adapter into a slot, scaling folded into B, smaller ranks padded with zeros.
 
-        Raises Unfit for an unknown module, a wrong shape, too large a rank or what is not finite; the slot is then
-        unchanged.
+        On a GPU the steps of others need not wait for it. Raises Unfit for an unknown module, a wrong shape, too large a
+        rank or what is not finite; the slot is then unchanged.
         """
         fitting = {path: self._fitting(path, *pair, weights.scaling_of(path)) for path, pair in weights.tensors.items()}
-        for path, (site, member) in self._sites.items():
-            site.clear(slot, member)
-            if path in fitting:
-                site.write(slot, member, *fitting[path])
+        with self._aside():
+            for path, (site, member) in self._sites.items():
+                site.clear(slot, member)
+                if path in fitting:
+                    site.write(slot, member, *fitting[path])
 
     def clear(self, slot: int) -> None:
         """Make a slot the base again."""
@@ -125,12 +127,15 @@ class Slots:
     def chosen(self, slot_of_row: Sequence[int], width: int) -> Iterator[None]:
         """Within, each row of a forward uses its slot, BASE for none; `width` is the forward's tokens a row."""
         self._selection.choose(tuple(slot_of_row), width)
-        self._selection.forwards += 1
-        self._selection.running = True
-        try:
+        with self._running():
             yield
-        finally:
-            self._selection.running = False
+
+    @contextmanager
+    def chosen_on_device(self, slot_N1: Tensor | None) -> Iterator[None]:
+        """As `chosen`, for one token a row, without a look at which slots these are: all are multiplied, or none."""
+        self._selection.choose_any(slot_N1)
+        with self._running():
+            yield
 
     def product(self, paths: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """What these modules make of one input within `chosen`, adapters included, side by side in the last axis.
@@ -153,6 +158,25 @@ class Slots:
             site.remove()
         self._sites.clear()
         self._all.clear()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Within, what this thread asks of a GPU runs beside the steps; done when this ends."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        self._selection.forwards += 1
+        self._selection.running = True
+        try:
+            yield
+        finally:
+            self._selection.running = False
 
     def _together(self, paths: Sequence[str]) -> _Site:
         found = self._sites.get(paths[0])
@@ -206,6 +230,13 @@ class _Selection:
                 slot_N1 = torch.tensor(slots, device=self._index_S.device).repeat_interleave(width)[:, None]
                 self.others_NS1 = (slot_N1 != self._index_S[first:end])[:, :, None]
 
+    def choose_any(self, slot_N1: Tensor | None) -> None:
+        self._slots = ()  # so that the next choice is made anew
+        self.live, self.others_NS1 = None, None
+        if slot_N1 is not None:
+            self.live, self.tokens = (0, len(self._index_S)), len(slot_N1)
+            self.others_NS1 = (slot_N1 != self._index_S)[:, :, None]
+
 
 class _Site:
     """Target modules that read the same input, with their stacked adapters."""
@@ -241,9 +272,11 @@ class _Site:
         return self._base.copied_bytes if isinstance(self._base, Product) else 0
 
     def write(self, slot: int, member: int, a_RI: Tensor, b_OR: Tensor) -> None:
-        start, rank = member * self._rank, a_RI.shape[0]
-        self.a_SRI[slot, start : start + rank] = a_RI
-        self.b_SRO[slot, start : start + rank, self._cuts[member]] = b_OR.T
+        ranks = slice(member * self._rank, member * self._rank + a_RI.shape[0])
+        for there, new in ((self.a_SRI[slot, ranks], a_RI), (self.b_SRO[slot, ranks, self._cuts[member]], b_OR.T)):
+            if there.is_cuda and not new.is_cuda:
+                new = new.contiguous().pin_memory()
+            there.copy_(new, non_blocking=True)
 
     def clear(self, slot: int, member: int) -> None:
         ranks = slice(member * self._rank, (member + 1) * self._rank)

@@ -71,12 +71,11 @@ def test_every_reply_keeps_its_own_keys(data: st.DataObject):
             prompt = data.draw(st.sampled_from([(1, 2, 3), (1, 2, 3), (4, 5, 6, 7, 8, 9), (10,)]))
             batch.join(a_reply(prompt, version=data.draw(st.integers(0, 1))))
         elif action == "read":
-            replies, width = batch.next_pieces(data.draw(st.integers(1, 12)))
-            for reply in replies:
-                piece = reply.prompt_ids[reply.prefilled :][:width]
-                write(batch, reply, piece)
-                reply.prefilled += len(piece)
-            for reply in replies:
+            pieces = batch.next_pieces(data.draw(st.integers(1, 12)), padded=data.draw(st.booleans()))
+            for reply, count in pieces:
+                write(batch, reply, reply.prompt_ids[reply.prefilled :][:count])
+                reply.prefilled += count
+            for reply, _ in pieces:
                 if not reply.left_to_read:
                     for one in batch.start_decoding(reply):
                         one.take(20 + len(one.ids), 0.0, 0.0, ())
@@ -98,9 +97,16 @@ def test_pieces_share_a_step_by_their_padded_size():
     batch = a_batch()
     for length in (3, 4, 9):
         batch.join(a_reply(tuple(range(length))))
-    assert batch.next_pieces(12) == (batch.replies[:2], 4)
-    assert batch.next_pieces(30) == (batch.replies, 9)
-    assert batch.next_pieces(2) == (batch.replies[:1], 2)
+    counts = {share: [count for _, count in batch.next_pieces(share, padded=True)] for share in (2, 12, 30)}
+    assert counts == {2: [2], 12: [3, 4], 30: [3, 4, 9]}
+
+
+def test_pieces_that_are_not_padded_fill_a_step():
+    batch = a_batch()
+    for length in (3, 4, 9):
+        batch.join(a_reply(tuple(range(length))))
+    counts = {share: [count for _, count in batch.next_pieces(share, padded=False)] for share in (2, 3, 9, 30)}
+    assert counts == {2: [2], 3: [3], 9: [3, 4, 2], 30: [3, 4, 9]}
 
 
 def test_a_dirty_row_is_wiped_to_its_end():

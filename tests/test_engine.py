@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving import engine as engine_module
+from serving import steps as steps_module
 from serving.engine import (
     Engine,
     Event,
@@ -38,7 +38,7 @@ from serving.engine import (
 )
 from serving.lora import AdapterWeights, target_modules
 from serving.model import ModelError
-from tests import bases
+from tests import bases, tape
 
 MODEL = bases.llama()
 CHAT = bases.chat()
@@ -50,10 +50,15 @@ PROMPT = (5, 6, 7, 8)
 WAY = {"native": True}
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True, scope="module")
-def way(request: pytest.FixtureRequest) -> None:
-    """Every test is run with the native step, where there is a compiler, and with torch's operations, as on a GPU."""
+@pytest.fixture(params=["native", "torch", "recorded"], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test is run with the native step, where there is a compiler; with torch's operations; and with these
+    recorded, as on a GPU."""
     WAY["native"] = request.param == "native"
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "recorded":
+            patch.setattr("serving.forward.recorder", tape.recorder)
+        yield
 
 
 @contextmanager
@@ -104,7 +109,7 @@ def is_idle(engine: Engine) -> bool:
 @pytest.mark.parametrize("share", [4, 17, 2048])
 def test_logprobs_are_those_of_a_plain_forward(monkeypatch: pytest.MonkeyPatch, share: int):
     """Versions mixed in one batch, prompts read in pieces, more requests than rows."""
-    monkeypatch.setattr(engine_module, "PROMPT_TOKENS_A_STEP_UNHEARD", share)
+    monkeypatch.setattr(steps_module, "PROMPT_TOKENS_A_STEP_UNHEARD", share)
     with an_engine(versions=(1, 2, 3)) as engine:
         requests = [
             request(
@@ -521,7 +526,7 @@ def test_a_cancelled_reply_ends_once_with_what_it_has():
 
 
 def test_a_reply_that_read_for_others_may_leave(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine_module, "PROMPT_TOKENS_A_STEP_UNHEARD", 16)
+    monkeypatch.setattr(steps_module, "PROMPT_TOKENS_A_STEP_UNHEARD", 16)
     with an_engine(rows=4) as engine:
         same = [engine.submit(request(2, seed=i, length=70), tokens=False) for i in range(4)]
         engine.step()
@@ -663,8 +668,8 @@ ACTIONS = st.one_of(
 @given(actions=st.lists(ACTIONS, max_size=40), share=st.sampled_from([5, 16, 2048]))
 def test_rows_and_versions_are_given_back_whatever_happens(actions: list[tuple[Any, ...]], share: int):
     with pytest.MonkeyPatch.context() as patch, an_engine(rows=3, slots=2) as engine:
-        patch.setattr(engine_module, "PROMPT_TOKENS_A_STEP", share)
-        patch.setattr(engine_module, "PROMPT_TOKENS_A_STEP_UNHEARD", share)
+        patch.setattr(steps_module, "PROMPT_TOKENS_A_STEP", share)
+        patch.setattr(steps_module, "PROMPT_TOKENS_A_STEP_UNHEARD", share)
         streams: list[Stream] = []
         for action, *values in actions:
             if action == "submit":

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from serving import engine as engine_module
+from serving import steps as steps_module
 from serving.decoder import KINDS as DECODER_KINDS
 from serving.engine import Engine, Request, Sampling
 from serving.forward import Forward, _mask_names
 from serving.lora import Slots
 from serving.model import ModelError
-from tests import bases
+from tests import bases, tape
 
 COMMON: dict[str, Any] = {
     "vocab_size": 320,
@@ -65,21 +65,30 @@ def make(settings: dict[str, Any]) -> PreTrainedModel:
     return model.eval()
 
 
-WAYS = {"native": {"native": True}, "packed": {"native": False, "packed": True}, "plain": {"native": False}}
+WAYS = {
+    "native": {"native": True},
+    "packed": {"native": False, "packed": True},
+    "plain": {"native": False},
+    "recorded": {"native": False},
+}
 CASES = [
     *((kind, "native") for kind in KINDS if KINDS[kind]["model_type"] in DECODER_KINDS),
     *((kind, "packed") for kind in KINDS),
     *((kind, "plain") for kind in ("llama", "gpt2", "mixture of experts")),
+    *((kind, "recorded") for kind in KINDS if kind != "mixture of experts"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "way"), CASES)
 def test_rows_pieces_and_adapters_agree_with_a_plain_forward(kind: str, way: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine_module, "PROMPT_TOKENS_A_STEP_UNHEARD", 40)
+    monkeypatch.setattr(steps_module, "PROMPT_TOKENS_A_STEP_UNHEARD", 40)
+    if way == "recorded":
+        monkeypatch.setattr("serving.forward.recorder", tape.recorder)
     model = make(KINDS[kind])
     weights = bases.adapter(model)
     engine = Engine(model, bases.chat(), rows=3, max_len=64, **WAYS[way])
-    assert (engine._forward._native is not None) == (way == "native")
+    assert engine._forward.native == (way == "native")
+    assert engine.way.startswith("recordings of") == (way == "recorded")
     engine.stage(1, weights)
     sampling = Sampling(max_tokens=12, ignore_eos=True)
     prompts = [tuple(range(3, 3 + length)) for length in (1, 7, 18, 33, 50)]

@@ -104,7 +104,7 @@ def test_a_reply_is_the_same_to_the_last_bit_in_any_company(
     alone = engine_of(model)
     expected = [said(alone.generate([one])[0]) for one in requests]
     alone.close()
-    monkeypatch.setattr("serving.engine.PROMPT_TOKENS_A_STEP_UNHEARD", 11)
+    monkeypatch.setattr("serving.steps.PROMPT_TOKENS_A_STEP_UNHEARD", 11)
     for threads in (1, 2, 5):
         together = engine_of(model, threads=threads, prefix_tokens=512)
         for _ in range(2):  # the second time, what was read is remembered
