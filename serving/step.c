@@ -6,7 +6,9 @@ for float32. All arithmetic is in float32.
 What comes out for a token depends on that token's row alone, to the last bit: every sum is added up in one order, whatever
 else is in the step. So a reply is the same alone or in a full batch, its prompt read whole, in pieces, or remembered.
 
-All threads walk through the same phases, with a barrier after each; within a phase they take tasks from a counter. */
+A step is a number of phases, each of many tasks; a phase begins when all tasks of the one before are done. All threads walk
+through the phases and take tasks where some are left. None is waited for unless it has taken one: a thread whose core is busy
+with something else (HTTP, say) keeps nobody, and skips what the others did meanwhile. */
 
 #include <math.h>
 #include <pthread.h>
@@ -153,8 +155,11 @@ typedef struct {
   pthread_t *thread;
   pthread_mutex_t lock;
   pthread_cond_t wake;
-  atomic_uint step, phase;
-  atomic_int arrived, next, closing;
+  int32_t phases;      /* of a step */
+  _Atomic uint64_t step;
+  _Atomic uint64_t ticket; /* the phase that runs, counted from the first step on, and how many of its tasks are taken */
+  atomic_int finished; /* of these tasks */
+  atomic_int closing;
 } Stepper;
 
 typedef struct {
@@ -171,18 +176,31 @@ inline_ void relax(int spins) {
   if (spins > 500) sched_yield();
 }
 
-static void barrier(Stepper *e) {
-  unsigned phase = atomic_load(&e->phase);
-  if (atomic_fetch_add(&e->arrived, 1) == e->threads - 1) {
-    atomic_store(&e->arrived, 0);
-    atomic_store(&e->next, 0);
-    atomic_store(&e->phase, phase + 1);
-  } else {
-    for (int spins = 0; atomic_load(&e->phase) == phase; spins++) relax(spins);
-  }
+#define TASK_BITS 20 /* of a ticket; the others are the phase's */
+#define TASKS (((uint64_t)1 << TASK_BITS) - 1)
+
+inline_ int runs(uint64_t ticket, uint64_t phase) { return (ticket & ~TASKS) == phase << TASK_BITS; }
+
+/* The next task of a phase of `count`; -1 when none is left. Before this has returned a task, what is read of the step may be
+   of a later one, if this thread was away for long: then the phase is over, and nothing comes of it. */
+inline_ int take(Stepper *e, uint64_t phase, int count) {
+  uint64_t ticket = atomic_load(&e->ticket);
+  do
+    if (!runs(ticket, phase) || (int)(ticket & TASKS) >= count) return -1;
+  while (!atomic_compare_exchange_weak(&e->ticket, &ticket, ticket + 1));
+  return ticket & TASKS;
 }
 
-inline_ int take(Stepper *e) { return atomic_fetch_add_explicit(&e->next, 1, memory_order_relaxed); }
+/* One more task of a phase of `count` is done; with the last one the next phase begins. */
+inline_ void finish(Stepper *e, uint64_t phase, int count) {
+  if (atomic_fetch_add(&e->finished, 1) + 1 < count) return;
+  atomic_store(&e->finished, 0);
+  atomic_store(&e->ticket, (phase + 1) << TASK_BITS);
+}
+
+static void wait_for_all(Stepper *e, uint64_t phase) {
+  for (int spins = 0; runs(atomic_load(&e->ticket), phase); spins++) relax(spins);
+}
 
 /* Products: y[token][output] = w[output] · x[token], four outputs of a few tokens at a time. */
 
@@ -272,13 +290,13 @@ static void multiply_a(Stepper *e, const Site *s, const float *x, int begin, int
 }
 
 /* y = W·x and low = A·x, for all tokens; B·low comes in the next phase. */
-static void multiply(Stepper *e, const Site *s, const float *x, int count, float *y, float *scratch) {
+static void multiply(Stepper *e, uint64_t phase, const Site *s, const float *x, int count, float *y, float *scratch) {
   int most = s->outputs / (4 * e->threads) / ROWS * ROWS; /* so that each thread finds several tasks */
   int panel = most > PANEL ? PANEL : most < ROWS ? ROWS : most;
   int upto[3], panels = 0, together = 2 * COLUMNS;
   for (int i = 0; i < s->members; i++) upto[i] = panels += (s->member[i].outputs + panel - 1) / panel;
   int tasks = panels + (s->rank ? (count + together - 1) / together : 0);
-  for (int task; (task = take(e)) < tasks;) {
+  for (int task; (task = take(e, phase, tasks)) >= 0; finish(e, phase, tasks)) {
     if (task >= panels) {
       int begin = (task - panels) * together;
       multiply_a(e, s, x, begin, begin + together < count ? begin + together : count);
@@ -291,7 +309,7 @@ static void multiply(Stepper *e, const Site *s, const float *x, int count, float
     int begin = (task - before) * panel, rows = l->outputs - begin < panel ? l->outputs - begin : panel;
     multiply_panel(l, begin, rows, s->inputs, x, count, to, s->outputs, scratch);
   }
-  barrier(e);
+  wait_for_all(e, phase);
 }
 
 /* y += B·low of one token. */
@@ -474,46 +492,48 @@ static void activate(Stepper *e, const Site *s, int token) {
 
 /* The step. */
 
-#define EACH(index, count, what)                        \
-  for (int index; (index = take(e)) < (count);) what; \
-  barrier(e)
+#define EACH(index, count, what)                                                           \
+  for (int index; (index = take(e, phase, count)) >= 0; finish(e, phase, count)) what;    \
+  wait_for_all(e, phase++)
+#define PHASES_A_LAYER 9
+#define OTHER_PHASES 3
 
 /* One thread's way through a step. */
-static void walk(Stepper *e, int thread) {
+static void walk(Stepper *e, int thread, uint64_t phase) {
   const Model *m = &e->m;
   const Tokens *t = &e->t;
   float *scratch = e->scratch + thread * e->scratch_size;
   EACH(i, t->count, embed(e, i));
   for (const Layer *l = m->layer; l < m->layer + m->layers; l++) {
-    multiply(e, &l->qkv, e->h, t->count, e->y, scratch);
+    multiply(e, phase++, &l->qkv, e->h, t->count, e->y, scratch);
     EACH(i, t->count, place(e, l, i));
     EACH(i, (t->count + e->together - 1) / e->together * m->kv_heads, attend_rows(e, l, i, scratch));
-    multiply(e, &l->o, e->z, t->count, e->y, scratch);
+    multiply(e, phase++, &l->o, e->z, t->count, e->y, scratch);
     EACH(i, t->count, add_and_normalize(e, &l->o, l->feed_norm, i));
-    multiply(e, &l->gate_up, e->h, t->count, e->y, scratch);
+    multiply(e, phase++, &l->gate_up, e->h, t->count, e->y, scratch);
     EACH(i, t->count, activate(e, &l->gate_up, i));
-    multiply(e, &l->down, e->z, t->count, e->y, scratch);
+    multiply(e, phase++, &l->down, e->z, t->count, e->y, scratch);
     EACH(i, t->count, add_and_normalize(e, &l->down, l + 1 < m->layer + m->layers ? l[1].attention_norm : m->norm, i));
   }
   EACH(i, t->last_count,
        memcpy(e->z + (size_t)i * m->hidden, e->h + (size_t)t->last[i] * m->hidden, m->hidden * sizeof(float)));
-  multiply(e, &m->head, e->z, t->last_count, t->logits, scratch);
+  multiply(e, phase, &m->head, e->z, t->last_count, t->logits, scratch);
 }
 
 static void *work(void *given) {
   Worker worker = *(Worker *)given;
   Stepper *e = worker.e;
   free(given);
-  for (unsigned done = 0;;) {
-    for (int spins = 0; spins < 400 && atomic_load(&e->step) == done; spins++) relax(0);
-    if (atomic_load(&e->step) == done) {
+  for (uint64_t step = 0;;) {
+    for (int spins = 0; spins < 400 && atomic_load(&e->step) == step; spins++) relax(0);
+    if (atomic_load(&e->step) == step) {
       pthread_mutex_lock(&e->lock);
-      while (atomic_load(&e->step) == done) pthread_cond_wait(&e->wake, &e->lock);
+      while (atomic_load(&e->step) == step) pthread_cond_wait(&e->wake, &e->lock);
       pthread_mutex_unlock(&e->lock);
     }
-    done++;
+    step = atomic_load(&e->step);
     if (atomic_load(&e->closing)) return NULL;
-    walk(e, worker.number);
+    walk(e, worker.number, (step - 1) * e->phases);
   }
 }
 
@@ -555,6 +575,7 @@ Stepper *heed_open(const Model *model, int32_t threads) {
   if (!e) return NULL;
   e->m = *model;
   e->threads = 1;
+  e->phases = PHASES_A_LAYER * model->layers + OTHER_PHASES;
   e->widest = larger(larger(l->qkv.outputs, l->gate_up.outputs), model->hidden);
   e->deepest = larger(larger(l->o.inputs, l->down.inputs), model->hidden);
   e->ranks = 3 * l->qkv.rank; /* q, k and v are the most that share an input */
@@ -586,6 +607,6 @@ int32_t heed_step(Stepper *e, const Tokens *tokens) {
   if (make_room(e, tokens->count)) return -1;
   e->t = *tokens;
   begin_step(e);
-  walk(e, 0);
+  walk(e, 0, (atomic_load(&e->step) - 1) * e->phases);
   return 0;
 }

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -63,11 +63,11 @@ class Finished:
 
 
 Event = Token | Finished
-Reader = tuple[asyncio.AbstractEventLoop, asyncio.Event]
+Reader = tuple[asyncio.AbstractEventLoop, Callable[[], object]]
 
 
 class Stream:
-    """The events of one reply: iterate it in asyncio, call `result()` in a thread, or give `on_event` to `submit`."""
+    """The events of one reply: `listen` and `take` in asyncio, `result()` in a thread, or `on_event` given to `submit`."""
 
     def __init__(
         self, request: Request, on_event: Callable[[Event], None] | None, tokens: bool, drive: Callable[[], bool]
@@ -98,18 +98,15 @@ class Stream:
         assert self.finished is not None
         return self.finished
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Token after Token, then Finished. For one reader, and not together with `on_event`."""
-        arrived = asyncio.Event()
-        self._reader = (asyncio.get_running_loop(), arrived)
-        while True:
-            arrived.clear()
-            while self._events:
-                event = self._events.popleft()
-                yield event
-                if isinstance(event, Finished):
-                    return
-            await arrived.wait()
+    def listen(self, told: Callable[[], object]) -> None:
+        """Have `told` called in the running loop whenever there are events to `take`."""
+        loop = asyncio.get_running_loop()
+        self._reader = (loop, told)
+        loop.call_soon(told)  # some may have come already
+
+    def take(self) -> Event | None:
+        """The next event, Token after Token, then Finished; None when no more has come yet."""
+        return self._events.popleft() if self._events else None
 
     def deliver(self, event: Event) -> Reader | None:
         """Called by the engine with each event in order; returns the reader to wake, if there is one.
@@ -131,14 +128,17 @@ class Stream:
 
 def wake(readers: Iterable[Reader]) -> None:
     """Tell each reader that events have arrived: one call a loop, whatever the number of its readers."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
-    for loop, arrived in readers:
-        by_loop.setdefault(loop, []).append(arrived)
-    for loop, events in by_loop.items():
+    by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], object]]] = {}
+    for loop, told in readers:
+        by_loop.setdefault(loop, []).append(told)
+    for loop, all_told in by_loop.items():
         with suppress(RuntimeError):  # the loop was closed: nobody reads there any more
-            loop.call_soon_threadsafe(_set_all, events)
+            loop.call_soon_threadsafe(_tell, loop, all_told)
 
 
-def _set_all(events: list[asyncio.Event]) -> None:
-    for event in events:
-        event.set()
+def _tell(loop: asyncio.AbstractEventLoop, all_told: list[Callable[[], object]]) -> None:
+    for told in all_told:
+        try:
+            told()
+        except Exception as error:  # one reader's fault must not keep the others waiting
+            loop.call_exception_handler({"message": "a reader of replies failed", "exception": error})

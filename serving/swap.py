@@ -26,9 +26,10 @@ from typing import Literal
 
 from feedback.events import Release
 from serving.adapters import AdapterStore, BadAdapter, Base
-from serving.engine import Engine, NoFreeSlot, ProbeFailed
+from serving.backend import Backend
 from serving.lora import AdapterWeights, Unfit
 from serving.native import one_thread
+from serving.versions import NoFreeSlot, ProbeFailed
 
 RETRY_S = 5.0
 """Between two attempts at a version that met a passing fault."""
@@ -60,7 +61,7 @@ class Swapper:
     def __init__(
         self,
         store: AdapterStore,
-        engine: Engine,
+        engine: Backend,
         base: Base,
         poll_s: float = 0.2,
         on_activated: Listener | None = None,

@@ -363,7 +363,18 @@ def test_a_row_that_ends_in_nan_leaves_none_behind():
 
 
 async def collect(stream: Stream) -> list[Event]:
-    return [event async for event in stream]
+    events: list[Event] = []
+    ended = asyncio.Event()
+
+    def hear() -> None:
+        while (event := stream.take()) is not None:
+            events.append(event)
+            if isinstance(event, Finished):
+                ended.set()
+
+    stream.listen(hear)
+    await ended.wait()
+    return events
 
 
 def test_streams_say_piece_by_piece_what_the_whole_says():
@@ -387,6 +398,21 @@ def test_streams_say_piece_by_piece_what_the_whole_says():
         assert tuple(token.raw_logprob for token in tokens) == finished.raw_logprobs
         assert "".join(token.text for token in tokens) == finished.text == CHAT.decode(finished.reply_ids)
         check(finished)
+
+
+def test_a_reader_that_fails_keeps_no_other_waiting():
+    complaints: list[object] = []
+
+    async def both() -> list[Event]:
+        asyncio.get_running_loop().set_exception_handler(lambda _, said: complaints.append(said["exception"]))
+        bad, good = engine.submit(request(1)), engine.submit(request(2))
+        bad.listen(lambda: 1 / 0)
+        return await collect(good)
+
+    with an_engine(started=True) as engine:
+        assert isinstance(asyncio.run(both())[-1], Finished)
+    assert complaints
+    assert all(isinstance(complaint, ZeroDivisionError) for complaint in complaints)
 
 
 def test_a_callback_gets_every_event_in_order():

@@ -21,7 +21,7 @@ from serving.schemas import Because, PromoteIn
 Json = dict[str, Any]
 
 
-def _operator(parts: Parts, authorization: Annotated[str, Header()] = "") -> None:
+async def _operator(parts: Parts, authorization: Annotated[str, Header()] = "") -> None:
     """Raises Unauthorized unless the admin token came with the request."""
     scheme, _, token = authorization.partition(" ")
     expected = parts.config.admin_token or ""

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.chat import Chat
@@ -18,6 +18,8 @@ from serving.routes.logprobs import entries
 Json = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
+_SOME_TEXT = "\ue000"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _LINE_ENDS = [("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")]
 """Escaped in events: no line ends to JSON or to an event stream, but to clients that split by Unicode (httpx)."""
 
@@ -52,30 +54,31 @@ async def whole(completion: Completion, chat: Chat, *, logprobs: bool) -> Json:
 async def chunks(completion: Completion, chat: Chat, *, logprobs: bool, usage: bool) -> AsyncGenerator[bytes]:
     """The answer as server-sent events, in one piece where several have come at once."""
     head = _head(completion, "chat.completion.chunk") | ({"usage": None} if usage else {})
-    choices = [_ChunkedChoice(number, chat, logprobs=logprobs) for number in range(completion.asked.choices)]
+    choices = [_ChunkedChoice(number, head, chat, logprobs=logprobs) for number in range(completion.asked.choices)]
     finished: list[Finished] = []
     async for events in completion.events():
-        told: list[Json] = []
+        told: list[bytes] = []
         for number, event in events:
             if isinstance(event, Token):
-                told += [head | {"choices": [chunk]} for chunk in choices[number].token(event)]
+                told.append(choices[number].token(event))
             elif event.finished.reason == "error" and (failure := failure_of(event.finished)):
-                told.append(failure.body())
+                told.append(_event(failure.body()))
             else:
                 finished.append(event.finished)
-                told += [head | {"choices": [chunk]} for chunk in choices[number].end(event.finished)]
-                told[-1]["heed"] = _heed(completion, event.kept)
-        yield b"".join(map(_event, told))
+                told.append(choices[number].end(event.finished, _heed(completion, event.kept)))
+        yield b"".join(told)
     if usage:
         yield _event(head | {"choices": [], "usage": _usage(completion, finished)})
     yield DONE
 
 
 class _ChunkedChoice:
-    """One reply, in chunks."""
+    """One reply, in chunks, each an event."""
 
-    def __init__(self, number: int, chat: Chat, *, logprobs: bool) -> None:
+    def __init__(self, number: int, head: Json, chat: Chat, *, logprobs: bool) -> None:
+        """`head`: what all chunks of the answer have."""
         self._number = number
+        self._head = head
         self._chat = chat
         self._wants_logprobs = logprobs
         self._logprobs: list[Json] = []
@@ -83,45 +86,49 @@ class _ChunkedChoice:
         self._given = 0
         """Characters of the reply that were sent."""
         self._begun = False
+        # nearly every chunk is this one with another text, and a server may send thousands a second
+        self._before, self._after = self._chunk({"content": _SOME_TEXT}).split(_json(_SOME_TEXT))
 
-    def token(self, token: Token) -> list[Json]:
+    def token(self, token: Token) -> bytes:
         """The chunks of one token: none while its text is not certain yet."""
         if self._wants_logprobs:
             self._logprobs += entries(self._chat, token)
-        return [*self._beginning(), *self._text(token.text)]
+        return self._beginning() + self._text(token.text)
 
-    def end(self, finished: Finished) -> list[Json]:
+    def end(self, finished: Finished, heed: Json) -> bytes:
         """The last chunks: text that was still held back, then the reason."""
-        return [
-            *self._beginning(),
-            *self._text(finished.text[self._given :]),
-            self._chunk({}) | {"finish_reason": _reason(finished)},
-        ]
+        text = self._beginning() + self._text(finished.text[self._given :])
+        return text + self._chunk({}, finish_reason=_reason(finished), heed=heed)
 
-    def _beginning(self) -> list[Json]:
+    def _beginning(self) -> bytes:
         if self._begun:
-            return []
+            return b""
         self._begun = True
-        return [{"index": self._number, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+        choice = {"index": self._number, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return _event(self._head | {"choices": [choice]})
 
-    def _text(self, text: str) -> list[Json]:
+    def _text(self, text: str) -> bytes:
         self._given += len(text)
-        return [self._chunk({"content": text})] if text else []
+        if not text:
+            return b""
+        return self._chunk({"content": text}) if self._logprobs else self._before + _json(text) + self._after
 
-    def _chunk(self, delta: Json) -> Json:
+    def _chunk(self, delta: Json, finish_reason: str | None = None, **more: Json) -> bytes:
         told, self._logprobs = self._logprobs, []
         logprobs = {"content": told, "refusal": None} if told else None
-        return {"index": self._number, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        choice = {"index": self._number, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return _event(self._head | {"choices": [choice]} | more)
 
 
-class EventStream(StreamingResponse):
+class EventStream(Response):
     """Server-sent events. The route watches for the client's leaving: nothing here reads the request."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
         # x-accel-buffering: a proxy that collects the answer before passing it on makes no stream
-        super().__init__(events, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]  # nobody knows it yet
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
@@ -165,7 +172,12 @@ def _reason(finished: Finished) -> str:
 
 
 def _event(body: Json) -> bytes:
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-    for end, escaped in _LINE_ENDS:
-        text = text.replace(end, escaped)
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + _json(body) + b"\n\n"
+
+
+def _json(body: Json | str) -> bytes:
+    text = _encode(body)
+    if not text.isascii():
+        for end, escaped in _LINE_ENDS:
+            text = text.replace(end, escaped)
+    return text.encode()

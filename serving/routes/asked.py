@@ -71,9 +71,14 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
             f"reply hold at most {speaker.engine.max_len * speaker.chat.longest_token}. Send fewer or shorter ones.",
             param="messages",
         )
+    named = metadata.get("conversation")
+
+    def read() -> tuple[list[int], Place]:
+        return speaker.chat.encode(messages), wiring.board.continue_conversation(caller, messages, named)
+
     try:
         # off the loop: a long prompt takes milliseconds, in which other replies would stand still
-        prompt_ids = await asyncio.to_thread(speaker.chat.encode, messages)
+        prompt_ids, place = await asyncio.to_thread(read)
     except ChatError as error:
         raise BadRequest(f"The messages cannot be answered: {error}.", param="messages") from error
     room = speaker.engine.max_len - len(prompt_ids)
@@ -83,7 +88,6 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
             f"the reply: at most {speaker.engine.max_len - 1} of messages. Send fewer or shorter ones.",
             param="messages",
         )
-    named = metadata.get("conversation")
     return Asked(
         id=wiring.ids.new_reply(client.key, kept=body.kept, choices=body.n or 1),
         caller=caller,
@@ -91,7 +95,7 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
         metadata=metadata,
         messages=messages,
         prompt_ids=tuple(prompt_ids),
-        place=await asyncio.to_thread(wiring.board.continue_conversation, caller, messages, named),
+        place=place,
         sampling=_sampling(body, room, speaker.engine.vocab_size),
         choices=body.n or 1,
         kept=body.kept,

@@ -1,7 +1,7 @@
 """One chat completion: n replies of one version, from their admission to the log.
 
-Each reply is read from the engine by a task of its own, which goes on when the client is gone: it keeps the exchange,
-and only then passes the end of the reply on. So whoever has received a reply whole can rate it.
+What the engine says is passed on as it comes, but the end of a reply only once its exchange is kept, which goes on when the
+client is gone. So whoever has received a reply whole can rate it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 from feedback.events import EXCHANGES, Exchange, ExchangeContent, FinishReason
 from feedback.log import LogUnavailable
@@ -59,8 +60,10 @@ class Completion:
         self._wiring = wiring
         self._speaker = speaker
         self._streams: list[Stream] = []
-        self._arrived: asyncio.Queue[tuple[int, Token | Ended]] = asyncio.Queue()
-        self._first: Events = []
+        self._heard = [asked.arrived] * asked.choices
+        """When each choice last said something (time.monotonic())."""
+        self._arrived: Events = []
+        self._more = asyncio.Event()
 
     @property
     def model(self) -> str:
@@ -88,7 +91,7 @@ class Completion:
         else:
             raise refused
         for choice, stream in enumerate(self._streams):
-            self._wiring.go_on(self._read(choice, stream))
+            stream.listen(partial(self._hear, choice, stream))
 
     def cancel(self) -> None:
         """The client is gone: free the rows. What was said so far is kept."""
@@ -100,11 +103,11 @@ class Completion:
 
         So a stream that cannot even begin is refused with a status, not with an error inside a 200.
         """
-        choice, event = await self._arrived.get()
+        await self._more.wait()
+        choice, event = self._arrived[0]
         if isinstance(event, Ended) and (failure := failure_of(event.finished)) is not None:
             self.cancel()
             raise failure
-        self._first = [(choice, event)]
         bound = self._streams[choice].version
         self.version = 0 if bound is None else bound
         metrics, role = self._wiring.metrics, role_of(self.version, self._wiring.release())
@@ -113,14 +116,13 @@ class Completion:
 
     async def events(self) -> AsyncIterator[Events]:
         """What has arrived since, as often as something has, until every reply has ended."""
-        left, batch = self.asked.choices, self._first
+        left = self.asked.choices
         while left:
-            batch = batch or [await self._arrived.get()]
-            while not self._arrived.empty():
-                batch.append(self._arrived.get_nowait())
-            left -= sum(isinstance(event, Ended) for _, event in batch)
-            yield batch
-            batch = []
+            await self._more.wait()
+            self._more.clear()
+            events, self._arrived = self._arrived, []
+            left -= sum(isinstance(event, Ended) for _, event in events)
+            yield events
 
     def _submit(self, version: int | None) -> list[Stream]:
         asked, engine = self.asked, self._speaker.engine
@@ -140,29 +142,42 @@ class Completion:
             raise
         return streams
 
-    async def _read(self, choice: int, stream: Stream) -> None:
-        """Pass a reply on as it comes; its end only after the log has answered."""
+    def _hear(self, choice: int, stream: Stream) -> None:
+        """Called in the loop whenever the engine has said more."""
         try:
-            last = self.asked.arrived
-            async for event in stream:
+            while (event := stream.take()) is not None:
                 if isinstance(event, Finished):
                     self._count(stream, event)
-                    self._arrived.put_nowait((choice, Ended(event, await self._keep(choice, event))))
+                    self._wiring.go_on(self._end(choice, event))
                 else:
-                    last = self._time(last)
-                    self._arrived.put_nowait((choice, event))
+                    self._time(choice)
+                    self._pass_on(choice, event)
         except Exception as error:
-            # whoever waits for this reply must hear of it; the error itself rises
-            failed = Finished("error", self.version, self.asked.prompt_ids, (), (), (), "", f"{type(error).__name__}")
-            self._arrived.put_nowait((choice, Ended(failed, kept=False)))
+            self._pass_on(choice, self._broken(error))  # whoever waits must hear of it; the error itself rises
             raise
 
-    def _time(self, last: float) -> float:
-        """Note a token's time since the one before, or since the request came; returns now (time.monotonic())."""
-        now, metrics = time.monotonic(), self._wiring.metrics
+    async def _end(self, choice: int, finished: Finished) -> None:
+        """Pass on the end of a reply, once the log has answered."""
+        try:
+            self._pass_on(choice, Ended(finished, await self._keep(choice, finished)))
+        except Exception as error:
+            self._pass_on(choice, self._broken(error))
+            raise
+
+    def _pass_on(self, choice: int, event: Token | Ended) -> None:
+        self._arrived.append((choice, event))
+        self._more.set()
+
+    def _broken(self, error: Exception) -> Ended:
+        why = type(error).__name__
+        return Ended(Finished("error", self.version, self.asked.prompt_ids, (), (), (), "", why), kept=False)
+
+    def _time(self, choice: int) -> None:
+        """Note a token's time since the one before, or since the request came."""
+        now, last, metrics = time.monotonic(), self._heard[choice], self._wiring.metrics
         first = last == self.asked.arrived
         (metrics.time_to_first_token if first else metrics.inter_token).observe(now - last)
-        return now
+        self._heard[choice] = now
 
     def _count(self, stream: Stream, finished: Finished) -> None:
         metrics = self._wiring.metrics

@@ -27,7 +27,7 @@ async def _read_and_count(request: Request) -> Said:
     try:
         return await _read(request)
     except HeedError:
-        wiring_of(request).metrics.feedback.labels("unknown", "malformed").inc()
+        (await wiring_of(request)).metrics.feedback.labels("unknown", "malformed").inc()
         raise
 
 

@@ -15,7 +15,7 @@ from feedback.events import FEEDBACK, Feedback, FeedbackContent, Retraction
 from feedback.log import LogUnavailable
 from serving.errors import Conflict, HeedError, NotStored, Unavailable, UnknownReply, Unprocessable
 from serving.metrics import role_of
-from serving.routes.wiring import Client, Wiring, wiring_of
+from serving.routes.wiring import Client, Parts, Wiring
 from serving.schemas import Comment, Correction, Preference, Ranking, Rating, Said, Signal, Thumb
 
 LOG_WAIT_S = 30.0
@@ -34,7 +34,7 @@ _OUTCOMES: Mapping[type[HeedError], str] = {
 class Intake:
     """Takes feedback for one server."""
 
-    def __init__(self, parts: Annotated[Wiring, Depends(wiring_of)]) -> None:
+    def __init__(self, parts: Wiring) -> None:
         self._parts = parts
 
     async def accept(self, said: Said, client: Client, header_key: str | None) -> str:
@@ -129,7 +129,11 @@ class Intake:
             self._parts.metrics.feedback_value.labels(policy, said.kind, str(said.value), role).inc()
 
 
-FeedbackLog = Annotated[Intake, Depends(Intake)]
+async def _intake(parts: Parts) -> Intake:
+    return Intake(parts)
+
+
+FeedbackLog = Annotated[Intake, Depends(_intake)]
 
 
 def named(said: Said) -> tuple[str, ...]:

@@ -23,9 +23,9 @@ from serving.ids import Ids
 from serving.metrics import Metrics
 
 if TYPE_CHECKING:
+    from serving.backend import Backend
     from serving.base import Base
     from serving.chat import Chat
-    from serving.engine import Engine
     from serving.swap import Swapper
 
 DROPPED = 4096
@@ -35,7 +35,7 @@ DROPPED = 4096
 class Speaker:
     """What answers chats: there once the model is loaded."""
 
-    engine: Engine
+    engine: Backend
     chat: Chat
     base: Base
     swapper: Swapper
@@ -105,19 +105,22 @@ class Client:
         return f"user:{user}" if user is not None else f"address:{self.address}"
 
 
-def wiring_of(request: Request) -> Wiring:
+# async, though they wait for nothing: FastAPI takes a thread for each call of one that is not
+
+
+async def wiring_of(request: Request) -> Wiring:
     wiring = request.app.state.wiring
     assert isinstance(wiring, Wiring)
     return wiring
 
 
-def _speaker(wiring: Annotated[Wiring, Depends(wiring_of)]) -> Speaker:
+async def _speaker(wiring: Annotated[Wiring, Depends(wiring_of)]) -> Speaker:
     if wiring.speaker is None:
         raise Unavailable("The model is still being loaded; GET /ready says when it is there.", retry_after=1)
     return wiring.speaker
 
 
-def _client(request: Request) -> Client:
+async def _client(request: Request) -> Client:
     return Client("", request.client.host if request.client else "")
 
 
