@@ -31,7 +31,7 @@ with something else (HTTP, say) keeps nobody, and skips what the others did mean
 #define COLUMNS 3
 #endif
 #define ROWS 4 /* outputs multiplied at a time */
-#define PANEL 32 /* outputs a task */
+#define PANEL 64 /* outputs a task */
 #define TOKENS 48 /* tokens that stay in the cache while a panel goes by */
 #define inline_ static inline __attribute__((always_inline))
 
@@ -202,18 +202,40 @@ static void wait_for_all(Stepper *e, uint64_t phase) {
   for (int spins = 0; runs(atomic_load(&e->ticket), phase); spins++) relax(spins);
 }
 
-/* Products: y[token][output] = w[output] · x[token], four outputs of a few tokens at a time. */
+/* Products: y[token][output] = w[output] · x[token], four outputs of a few tokens at a time. The next four are asked for meanwhile,
+   in the order they lie in: processors guess one stream of memory better than four. */
 
-#define DEFINE_TILE(name, type, load_, from_)                                                                            \
+/* Where there are 32 registers they hold the sums and the weights, else the sums and the tokens. */
+#ifdef __AVX512F__
+#define KEEP(v) __asm__("" : "+v"(v)) /* in its register: compilers would load it anew for each product */
+#else
+#define KEEP(v)
+#endif
+
+#define DEFINE_TILE(name, type, load_, from_, ahead)                                                                      \
   inline_ void name(const int rows, const int columns, int inputs, const type *w, const float *x, float *y, int width) { \
     vec sum[ROWS][COLUMNS] = {0};                                                                                        \
     int k = 0;                                                                                                           \
     for (; k + LANES <= inputs; k += LANES) {                                                                            \
-      vec xs[COLUMNS];                                                                                                   \
-      _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) xs[c] = load(x + (size_t)c * inputs + k);                \
-      _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {                                                           \
-        vec ws = load_(w + (size_t)r * inputs + k);                                                                      \
-        _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) sum[r][c] = fused(ws, xs[c], sum[r][c]);                               \
+      _Pragma("GCC unroll 8") for (int i = 0; ahead && i < rows * LANES * (int)sizeof(type); i += 64)                    \
+        __builtin_prefetch((const char *)(w + (size_t)rows * (inputs + k)) + i);                                         \
+      vec ws[ROWS], xs[COLUMNS];                                                                                         \
+      if (LANES == 16) {                                                                                                 \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {                                                         \
+          ws[r] = load_(w + (size_t)r * inputs + k);                                                                     \
+          KEEP(ws[r]);                                                                                                   \
+        }                                                                                                                \
+        _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) {                                                      \
+          xs[c] = load(x + (size_t)c * inputs + k);                                                                      \
+          KEEP(xs[c]);                                                                                                   \
+          _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) sum[r][c] = fused(ws[r], xs[c], sum[r][c]);             \
+        }                                                                                                                \
+      } else {                                                                                                           \
+        _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) xs[c] = load(x + (size_t)c * inputs + k);              \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {                                                         \
+          ws[r] = load_(w + (size_t)r * inputs + k);                                                                     \
+          _Pragma("GCC unroll 8") for (int c = 0; c < columns; c++) sum[r][c] = fused(ws[r], xs[c], sum[r][c]);          \
+        }                                                                                                                \
       }                                                                                                                  \
     }                                                                                                                    \
     _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                               \
@@ -249,10 +271,11 @@ static void wait_for_all(Stepper *e, uint64_t phase) {
   }
 
 #define AS_IS(x) (x)
-DEFINE_TILE(multiply_floats, float, load, AS_IS)
 #ifdef BF16
-DEFINE_TILE(multiply_weights, weight, load_weight, from_weight)
+DEFINE_TILE(multiply_floats, float, load, AS_IS, 0) /* mostly of weights that were widened just now */
+DEFINE_TILE(multiply_weights, weight, load_weight, from_weight, 1)
 #else
+DEFINE_TILE(multiply_floats, float, load, AS_IS, 1)
 #define multiply_weights_panel multiply_floats_panel
 #endif
 
