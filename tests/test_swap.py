@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -23,6 +24,7 @@ from serving.chat import Chat
 from serving.engine import Engine, Finished, Request, Sampling, Stream
 from serving.lora import AdapterWeights
 from serving.swap import PinRefused, Swapper, SwapReport
+from tests.spoilt import TEN
 
 MAX_LEN = 64
 LONG = Sampling(max_tokens=40, ignore_eos=True)
@@ -100,7 +102,7 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path)
+    place = Place(tmp_path / "adapters")
     yield place
     place.swapper.close()
     place.engine.close()
@@ -253,30 +255,51 @@ def overwrite_release(place: Place) -> None:
     (place.store.folder / "release.json").write_text('{"policy": "defa')
 
 
-BAD: dict[str, Callable[[Place], object]] = {
-    "torn weights": lambda place: place.spoil(2),
-    "not there": lambda place: shutil.rmtree(place.store.folder / "v000002"),
-    "no manifest": lambda place: (place.store.folder / "v000002" / "manifest.json").unlink(),
-}
+def refusal(place: Place, spoil: Callable[[Path], object], caplog: pytest.LogCaptureFixture) -> str:
+    """Release a version, spoil it, and look a few times: why it is not served, counted and said once."""
+    version, speaking, failures = place.ship(), place.engine.current, place.swapper.failures
+    spoil(place.store.folder / f"v{version:06d}")
+    caplog.clear()
+    with caplog.at_level(logging.ERROR):
+        for _ in range(5):
+            place.swapper.look()
+    assert place.swapper.failures == failures + 1
+    assert place.outcomes() == [(version, "failed")]
+    why = place.swapper.problem or ""
+    assert [record.message for record in caplog.records] == [f"v{version} is not served: {why} v{speaking} goes on."]
+    return why.removeprefix(f"v{version}: ")
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_version_changes_nothing_but_a_count_and_one_line(
-    kind: str, place: Place, caplog: pytest.LogCaptureFixture
+def test_ten_kinds_of_bad_versions_change_nothing_that_is_served(place: Place, caplog: pytest.LogCaptureFixture):
+    """All of them in one engine, of fewer slots."""
+    asked = [Request((1, 5, 9), Sampling(max_tokens=20, seed=seed, ignore_eos=True)) for seed in range(3)]
+    place.ship()
+    place.swapper.look()
+    place.outcomes()
+    before = place.engine.generate(asked)
+    assert {reply.version for reply in before} == {1}
+    said = {}
+    for kind, (spoil, _) in TEN.items():
+        said[kind] = refusal(place, spoil, caplog)
+        assert place.engine.loaded() == {0: 0, 1: 0}
+        assert place.engine.generate(asked) == before, kind
+    for kind, why in said.items():
+        assert [other for other, (_, message) in TEN.items() if re.search(message, why)] == [kind]
+    good = place.ship()
+    place.swapper.look()
+    assert place.speaks() == good
+
+
+@pytest.mark.parametrize("spoil", [shutil.rmtree, lambda folder: (folder / "manifest.json").unlink()])
+def test_a_version_that_is_gone_changes_nothing(
+    spoil: Callable[[Path], object], place: Place, caplog: pytest.LogCaptureFixture
 ):
     place.ship()
     place.swapper.look()
     place.outcomes()
-    place.ship()
-    BAD[kind](place)
-    with caplog.at_level(logging.ERROR):
-        for _ in range(5):
-            place.swapper.look()
+    assert "no such version of policy default; the store holds: v1." in refusal(place, spoil, caplog)
     assert place.speaks() == 1
     assert place.engine.loaded() == {0: 0, 1: 0}
-    assert place.swapper.failures == 1
-    assert place.outcomes() == [(2, "failed")]
-    assert [record.message for record in caplog.records] == [f"v2 is not served: {place.swapper.problem} v1 goes on."]
 
 
 def test_a_fault_that_passes_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch):
@@ -314,12 +337,13 @@ def test_a_version_that_is_there_can_be_named_during_a_slow_swap(place: Place):
 def test_an_adapter_that_makes_numbers_overflow_fails_its_probe(place: Place):
     place.ship()
     place.swapper.look()
-    place.promote(place.publish(size=1e30))
-    place.swapper.look()
-    assert place.speaks() == 1
-    assert place.engine.loaded() == {0: 0, 1: 0}
-    assert place.swapper.problem is not None
-    assert "not finite" in place.swapper.problem
+    for failures in range(1, 6):  # its slot, of four, is free again each time
+        place.promote(place.publish(size=1e30))
+        place.swapper.look()
+        assert place.speaks() == 1
+        assert place.engine.loaded() == {0: 0, 1: 0}
+        assert place.swapper.failures == failures
+        assert "numbers that are not finite" in (place.swapper.problem or "")
 
 
 def test_a_bad_version_is_tried_again_when_its_files_or_the_release_change(place: Place):
