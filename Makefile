@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 PYTHON ?=
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-.PHONY: help up test lint format bench bench-learn bench-serving bench-swaps bench-turns soak clean
+.PHONY: help up test lint format bench bench-learn bench-serving bench-swaps bench-turns bench-decode soak clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -31,7 +31,7 @@ format: $(VENV)/.heed-test ## put imports and layout in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-learn bench-serving bench-swaps bench-turns ## run the benchmarks (hours; finished parts are kept)
+bench: bench-learn bench-serving bench-swaps bench-turns bench-decode ## run the benchmarks (hours; finished parts are kept)
 
 bench-learn: $(VENV)/.heed-test ## how fast and how well it learns from thumbs (resumable)
 	$(BIN)/python -m benchmarks.learn_live
@@ -44,6 +44,9 @@ bench-swaps: $(VENV)/.heed-test ## what a swap costs those who talk meanwhile
 
 bench-turns: $(VENV)/.heed-test ## what the prefix cache is worth to the next turn of a conversation
 	$(BIN)/python -m benchmarks.turns
+
+bench-decode: $(VENV)/.heed-test ## how near a step comes to the memory's speed (on a GPU: an 8B shape)
+	$(BIN)/python -m benchmarks.decode
 
 soak: $(VENV)/.heed-test ## the long version of the tests that kill processes
 	HEED_SOAK=1 $(BIN)/python -m pytest -m "" --timeout=7200 tests/test_kill9.py tests/test_log_crash.py

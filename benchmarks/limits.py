@@ -15,13 +15,18 @@ def measure() -> dict[str, float]:
 
     In fp32, and in bf16 where the processor computes in it (elsewhere PyTorch does so hundreds of times slower).
     """
-    memory = torch.zeros(2**28)
-    found = {"bandwidth": memory.nbytes / _best(lambda: memory.sum())}
+    found = {"bandwidth": bandwidth(torch.device("cpu"))}
     bf16 = [("bf16", torch.bfloat16)] if has_bf16() else []
     for name, dtype in [("fp32", torch.float32), *bf16]:
         a, b = torch.randn(2, 2048, 2048).to(dtype)
         found[f"flops_{name}"] = 2 * 2048**3 / _best(lambda a=a, b=b: a @ b)
     return found
+
+
+def bandwidth(device: torch.device) -> float:
+    """bytes/s of a sum over 1 GiB: the best of five."""
+    memory = torch.zeros(2**28, device=device)
+    return memory.nbytes / _best(lambda: memory.sum().item())
 
 
 def has_bf16() -> bool:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 Json = dict[str, Any]
@@ -33,7 +34,9 @@ class Answer:
 
     @property
     def gaps(self) -> list[float]:
-        return [after - before for before, after in zip(self.at, self.at[1:], strict=False)]
+        """Between events, but the last two, which say that it has ended."""
+        told = self.at[:-2]
+        return [after - before for before, after in pairwise(told)]
 
 
 async def ask(port: int, path: str, body: Json) -> Answer:

@@ -85,9 +85,10 @@ def measure(shape: Shape, wanted: Sequence[type[Server]], given: argparse.Namesp
             for at_once in given.at_once or AT_ONCE:
                 for server, version in there:
                     key = server.name, at_once
+                    many = rounds.get(key, 1)
                     with _awake(server):
-                        row = one_run(server, shape, at_once, rounds.get(key, 1), run)
-                    rounds.setdefault(key, max(1, round(RUN_S / row["seconds"])))
+                        row = one_run(server, shape, at_once, many, run)
+                    rounds[key] = max(1, round(RUN_S * many / row["seconds"]))
                     if run:
                         limit = limits.tokens_a_second(machine, shape, at_once, PROMPT, NEW)
                         row = {"batch": batch, "run": run, "version": version, **row, "limit": limit, **machine}

@@ -60,6 +60,10 @@ SHAPES = {
 }
 
 
+LLAMA_8B = Shape("8B", hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336, vocab=128256)
+"""Llama 3 8B's shape, but for a head that is the embedding too: for machines with a GPU (benchmarks/decode.py)."""
+
+
 def make(shape: Shape, folder: Path) -> Path:
     """The model's directory, made once; its adapters lie in `adapters/a` and `adapters/b`, in PEFT's format."""
     place = folder / shape.name
@@ -67,7 +71,20 @@ def make(shape: Shape, folder: Path) -> Path:
         return place
     torch.manual_seed(0)
     tokenizer = words(shape.vocab)
-    config = LlamaConfig(
+    model = LlamaForCausalLM(config(shape, tokenizer))
+    model.to(torch.bfloat16).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=target_modules(model), init_lora_weights=False)
+    for name in ADAPTERS:
+        adapter = get_peft_model(LlamaForCausalLM.from_pretrained(place, dtype=torch.float32), lora)
+        adapter.peft_config["default"].base_model_name_or_path = str(place)
+        adapter.save_pretrained(place / "adapters" / name)
+    (place / "whole").touch()
+    return place
+
+
+def config(shape: Shape, tokenizer: FastTokenizer) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -80,16 +97,6 @@ def make(shape: Shape, folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=target_modules(model), init_lora_weights=False)
-    for name in ADAPTERS:
-        adapter = get_peft_model(LlamaForCausalLM.from_pretrained(place, dtype=torch.float32), lora)
-        adapter.peft_config["default"].base_model_name_or_path = str(place)
-        adapter.save_pretrained(place / "adapters" / name)
-    (place / "whole").touch()
-    return place
 
 
 def words(size: int) -> FastTokenizer:

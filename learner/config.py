@@ -35,7 +35,7 @@ class LearnerConfig(Settings):
         4, ge=0, le=5, description="niceness of the learner: replies go first, and learning never starves"
     )
     learner_threads: int = Field(
-        0, ge=0, le=1024, description="compute threads of the learner; 0: as many as the processor has cores"
+        0, ge=0, le=1024, description="compute threads of the learner; 0: one for each core that it may use"
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of the learner's random numbers")
     learning_rate: float | None = Field(

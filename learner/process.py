@@ -23,6 +23,7 @@ from learner.metrics import LearnerMetrics, MetricsServer
 from learner.state import State
 from learner.statefile import StateError, remove_state
 from learner.stopping import Stopped, Stopping
+from serving.cores import cores
 from serving.exits import Exit
 
 LOCK_POLL_S = 0.5
@@ -76,8 +77,7 @@ def _learn(
     from serving.adapters import AdapterStore
     from serving.engine import ModelError
 
-    if config.learner_threads:
-        torch.set_num_threads(config.learner_threads)
+    torch.set_num_threads(config.learner_threads or min(torch.get_num_threads(), cores()))
     log = _patiently(lambda: open_log(config.serving.feedback, writes={RELEASES}), stopping)
     stack.callback(log.close)
     board = open_board(config.serving.feedback, "learner")

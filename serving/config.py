@@ -31,7 +31,7 @@ class ServingConfig(Settings):
         "computes with them fast, else float32; on a CPU the learner always takes float32",
     )
     threads: int = Field(
-        0, ge=0, le=1024, description="compute threads of the server; 0: as many as the processor has cores"
+        0, ge=0, le=1024, description="compute threads of the server; 0: one for each core that it may use"
     )
     max_rows: int = Field(32, ge=1, le=1024, description="replies generated at the same time; more of them wait")
     max_model_len: int = Field(

@@ -33,6 +33,7 @@ from serving.app import base_name, create_app, on_swap
 from serving.chat import Chat
 from serving.claims import LEAVING, CannotStart, hold, listen, prepare_folder
 from serving.config import ServingConfig
+from serving.cores import cores
 from serving.engine import Engine, ModelError, load_model
 from serving.exits import Exit
 from serving.ids import Ids, load_secret
@@ -180,8 +181,7 @@ def load_base(config: ServingConfig) -> tuple[PreTrainedModel, Chat]:
 
 def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
     """Load the base, start the engine, and bring it to the version that the release names. Raises CannotStart."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), cores()))
     try:
         model, chat = load_base(config)
         folder = find_model(config.model)
