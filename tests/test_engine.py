@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import itertools
 import logging
 import math
 import random
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -38,6 +41,8 @@ from serving.engine import (
 )
 from serving.lora import AdapterWeights, target_modules
 from serving.model import ModelError
+from serving.native import one_thread
+from serving.sampling import RowSampling, sample
 from tests import bases, tape
 
 MODEL = bases.llama()
@@ -681,53 +686,259 @@ def test_a_model_that_reads_in_pieces_otherwise_than_whole_is_refused(monkeypatc
 
 # Whatever comes and goes.
 
+ROWS, SLOTS, LENGTH, MOST = 3, 2, 40, 12
+
+
+class Clock:
+    """A time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._forwards = itertools.count()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def perf_counter(self) -> float:
+        """A forward takes a millisecond."""
+        return next(self._forwards) / 1000
+
+
+@functools.cache
+def spelled_out(prompt_ids: tuple[int, ...], sampling: Sampling, weights: int) -> tuple[list[int], list[float]]:
+    """The ids that an adapter says and their log-probs, each by a plain forward over all before it."""
+    ids: list[int] = []
+    logprobs: list[float] = []
+    while len(ids) < sampling.max_tokens and len(prompt_ids) + len(ids) < LENGTH:
+        with torch.no_grad():
+            logits_1TV = ORACLES[weights](input_ids=torch.tensor([[*prompt_ids, *ids]])).logits
+        assert sampling.seed is not None
+        drawn = sample(logits_1TV[:, -1], RowSampling([sampling], [sampling.seed]), [len(ids)])
+        ids += drawn.ids
+        logprobs += drawn.raw_logprobs
+    return ids, logprobs
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a crowd asks for: replies to one of two prompts, cut at some length."""
+
+    prompt: int
+    length: int
+    version: int | None
+    most: int
+    copies: int
+    stop: tuple[int, int, tuple[str, ...]]
+    """Where in the reply to cut out a piece, of what length, and what to put behind it for a stop text each."""
+    patience: int | None
+    """Seconds until the deadline."""
+    heard: bool
+
+    def requests(self, weights: int, now: float) -> Iterator[Request]:
+        """With stop texts from what these weights would say."""
+        for seed in range(self.copies):
+            # of two tokens each: then no draw falls so near the border between two that rounding decides
+            sampling = Sampling(max_tokens=MOST, seed=seed, ignore_eos=True, top_k=2)
+            ids, (start, size, behind) = prompt(self.prompt, self.length), self.stop
+            whole = CHAT.decode(spelled_out(ids, sampling, weights)[0])
+            letters = max(re.findall("[^�]+", whole), key=len, default="§")
+            stop = tuple(letters[start % len(letters) :][:size] + more for more in behind)
+            deadline = None if self.patience is None else now + self.patience
+            yield Request(ids, replace(sampling, max_tokens=self.most, stop=stop), self.version, deadline=deadline)
+
+
+class Crowd:
+    """All who want something of an engine of which each step takes a second, and what must hold for them."""
+
+    def __init__(self, engine: Engine, clock: Clock, patch: pytest.MonkeyPatch) -> None:
+        self.engine, self.clock = engine, clock
+        self.live: dict[Stream, list[Event]] = {}
+        self.weights = {0: 0}
+        """By version: which of the ADAPTERS it is now."""
+        self.current = 0
+        self.current_at: dict[float, int] = {}
+        self._really_step, self._really_submit = engine.step, engine._submit
+        patch.setattr(engine, "step", self._step)
+        patch.setattr(engine, "_submit", self._submit)
+
+    # what they do
+
+    def submit(self, wish: Wish) -> None:
+        version = self.current if wish.version is None else wish.version
+        for request in wish.requests(self.weights.get(version, 0), self.clock.now):
+            try:
+                self.engine.submit(request, tokens=wish.heard)
+            except UnknownVersion:
+                assert version not in (0, self.current)
+
+    def cancel(self, which: int) -> None:
+        for stream in list(self.live)[which : which + 1]:
+            self.engine.cancel(stream)
+
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.engine.step()
+
+    def swap(self, version: int) -> None:
+        loaded = self.engine.loaded()
+        try:
+            self.engine.stage(version, ADAPTERS[version])
+        except NoFreeSlot:
+            assert len(loaded) == SLOTS + 1
+        else:
+            if version not in loaded:
+                self.weights[version] = version
+            self.engine.activate(version)
+            self.current = version
+
+    def retire(self, version: int) -> None:
+        if version != self.current:
+            self.engine.retire(version)
+
+    def restage(self, version: int, weights: int) -> None:
+        loaded = self.engine.loaded()
+        try:
+            self.engine.restage(version, ADAPTERS[weights])
+        except NoFreeSlot:
+            assert version not in loaded
+            assert len(loaded) == SLOTS + 1
+        except VersionInUse:
+            assert loaded[version] > 0
+        else:
+            assert not loaded.get(version)
+            self.weights[version] = weights
+
+    def warm(self, version: int) -> None:
+        if version in self.engine.loaded():
+            begun = self.clock.now
+            with suppress(UnknownVersion):  # it is on its way out
+                self.engine.warm(version, timeout=3)
+            assert self.clock.now <= begun + 3 + 1
+
+    # what must hold
+
+    def check(self) -> None:
+        """After everything that happens, and after every step of it."""
+        engine, batch, stats = self.engine, self.engine._batch, self.engine.stats()
+        assert engine.current == self.current
+        assert stats.running + stats.waiting == len(self.live)
+        assert stats.running <= ROWS
+        bound = (stream.request.version if stream.version is None else stream.version for stream in self.live)
+        assert Counter(engine.loaded()) == Counter(version for version in bound if version is not None)
+        assert stats.kv_used <= stats.kv_capacity
+        assert all(reply.used <= LENGTH for reply in batch)
+        assert [reply.row for reply in batch.replies] == list(range(len(batch.replies)))
+        assert all(reply.left_to_read == 0 for reply in batch.replies[: batch.decoding])
+        assert all(reply.left_to_read > 0 for reply in batch.reading)
+        blocks = [*engine._prefixes._free, *(block.place for block in engine._prefixes._known.values())]
+        assert sorted(blocks) == list(range(engine._prefixes._capacity))
+
+    def _submit(self, request: Request, _on_event: None, **how: bool) -> Stream:
+        """The crowd's requests and, while it warms a version, the engine's own."""
+        events: list[Event] = []
+        stream = self._really_submit(request, events.append, **how)
+        self.live[stream] = events
+        return stream
+
+    def _step(self) -> bool:
+        begun = self.clock.now
+        self.current_at[begun] = self.current
+        unwanted = [stream for stream in self.live if stream.cancelled or is_late(stream, begun)]
+        more = self._really_step()
+        self.clock.now += 1
+        assert all(stream.finished for stream in unwanted)
+        for stream in [stream for stream in self.live if stream.finished]:
+            self._judge(stream, self.live.pop(stream))
+        self.check()
+        return more
+
+    def _judge(self, stream: Stream, events: list[Event]) -> None:
+        """A reply is the beginning of what its version says to its prompt, and its listener heard all of it."""
+        finished, request = stream.finished, stream.request
+        assert finished is not None
+        if stream.admitted_at is not None:
+            current = self.current_at[stream.admitted_at]
+            assert finished.version == (current if request.version is None else request.version)
+        alone = replace(request.sampling, max_tokens=MOST, stop=())
+        ids, logprobs = spelled_out(request.prompt_ids, alone, self.weights[finished.version])
+        count = len(finished.reply_ids)
+        assert list(finished.reply_ids) == ids[:count]
+        assert finished.raw_logprobs == pytest.approx(logprobs[:count], abs=1e-4)
+        if finished.reason == "stop":
+            assert CHAT.decode(ids).startswith(finished.text)
+        self._judge_the_end(stream, finished)
+        *tokens, last = events
+        assert last is finished
+        assert [token.id for token in tokens] == list(finished.reply_ids if stream.tokens else ())
+        if stream.tokens and finished.reason != "abort":
+            assert "".join(token.text for token in tokens) == finished.text
+
+    def _judge_the_end(self, stream: Stream, finished: Finished) -> None:
+        """It ends before the first stop text, at its length or its deadline, and not one token later."""
+        sampling, deadline = stream.request.sampling, stream.request.deadline
+        count, text = len(finished.reply_ids), CHAT.decode(finished.reply_ids)
+        stops = [text.index(stop) for stop in sampling.stop if stop in text]
+        assert finished.text == text[: min(stops, default=len(text))]
+        if finished.reason == "stop":
+            assert stops
+            before = CHAT.decode(finished.reply_ids[:-1])
+            assert not any(stop in before for stop in sampling.stop)
+        elif finished.reason == "length":
+            assert not stops
+            assert count == min(sampling.max_tokens, LENGTH - len(finished.prompt_ids))
+        else:
+            assert finished.error == ("cancelled" if stream.cancelled else "the deadline passed")
+            assert stream.cancelled or is_late(stream, self.clock.now - 1)
+        if deadline is not None and stream.admitted_at is not None:
+            # the step that reads the end of a prompt may say two tokens
+            assert count <= deadline - stream.admitted_at + 1
+        if stream.admitted_at is None:
+            assert count == 0
+
+
+def is_late(stream: Stream, now: float) -> bool:
+    return stream.request.deadline is not None and now >= stream.request.deadline
+
+
+VERSIONS = st.integers(1, 3)
+WISHES = st.builds(
+    Wish,
+    prompt=st.integers(0, 1),
+    length=st.sampled_from([1, 2, 16, 17, 31, 32, 33, 39]),
+    version=st.sampled_from([None, None, 0, 1, 2, 3]),
+    most=st.integers(1, MOST),
+    copies=st.integers(1, 3),
+    stop=st.tuples(st.integers(0, 9), st.integers(1, 9), st.sampled_from([(), ("",), ("§",), ("§", "")])),
+    patience=st.none() | st.integers(0, 15),
+    heard=st.booleans(),
+)
+SUBMIT = st.tuples(st.just("submit"), WISHES)
 ACTIONS = st.one_of(
-    st.tuples(st.just("submit"), st.integers(0, 5), st.integers(1, 30), st.integers(1, 9)),
-    st.tuples(st.just("cancel"), st.integers(0, 30)),
-    st.tuples(st.just("step")),
-    st.tuples(st.just("swap"), st.integers(1, 3)),
-    st.tuples(st.just("retire"), st.integers(1, 3)),
+    SUBMIT,
+    SUBMIT,
+    st.tuples(st.just("step"), st.integers(1, 9)),
+    st.tuples(st.just("cancel"), st.integers(0, 9)),
+    st.tuples(st.just("swap"), VERSIONS),
+    st.tuples(st.just("retire"), VERSIONS),
+    st.tuples(st.just("restage"), VERSIONS, VERSIONS),
+    st.tuples(st.just("warm"), st.integers(0, 3)),
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(actions=st.lists(ACTIONS, max_size=40), share=st.sampled_from([5, 16, 2048]))
+@settings(max_examples=120, deadline=None)
+@given(actions=st.lists(ACTIONS, min_size=15, max_size=60), share=st.sampled_from([5, 16, 2048]))
 def test_rows_and_versions_are_given_back_whatever_happens(actions: list[tuple[Any, ...]], share: int):
-    with pytest.MonkeyPatch.context() as patch, an_engine(rows=3, slots=2) as engine:
+    chosen = {"rows": ROWS, "slots": SLOTS, "max_len": LENGTH, "prefix_tokens": 96}
+    with one_thread(), pytest.MonkeyPatch.context() as patch, an_engine(**chosen) as engine:
+        clock = Clock()
+        for module in ("engine", "scheduler", "stream"):
+            patch.setattr(f"serving.{module}.time", clock)
         patch.setattr(steps_module, "PROMPT_TOKENS_A_STEP", share)
         patch.setattr(steps_module, "PROMPT_TOKENS_A_STEP_UNHEARD", share)
-        streams: list[Stream] = []
+        crowd = Crowd(engine, clock, patch)
         for action, *values in actions:
-            if action == "submit":
-                kind, length, most = values
-                version = None if kind > 2 or kind not in engine.loaded() else kind
-                try:
-                    streams.append(
-                        engine.submit(request(length, length=length, version=version, max_tokens=most, seed=kind))
-                    )
-                except UnknownVersion:
-                    assert version not in (0, engine.current)
-            elif action == "cancel" and streams:
-                engine.cancel(streams[values[0] % len(streams)])
-            elif action == "step":
-                engine.step()
-            elif action == "swap":
-                try:
-                    engine.stage(values[0], ADAPTERS[values[0]])
-                    engine.activate(values[0])
-                except NoFreeSlot:
-                    assert len(engine.loaded()) == 3
-            elif action == "retire" and values[0] != engine.current:
-                engine.retire(values[0])
-            batch = engine._batch
-            assert len(batch) <= 3
-            assert [reply.row for reply in batch.replies] == list(range(len(batch.replies)))
-            assert all(reply.left_to_read == 0 for reply in batch.replies[: batch.decoding])
-            assert all(reply.left_to_read > 0 for reply in batch.reading)
-        for stream in streams:
-            finished = stream.result()
-            assert finished.reason in ("length", "abort")
-            if finished.reply_ids:
-                check(finished)
-        engine.step()
+            getattr(crowd, action)(*values)
+            crowd.check()
+        for stream in list(crowd.live):
+            stream.result()
         assert is_idle(engine)
