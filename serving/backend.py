@@ -54,7 +54,7 @@ class Backend(Protocol):
         """
 
     def cancel(self, stream: Stream) -> None:
-        """End a reply with what it has; nothing happens if it has ended already."""
+        """End a reply with what it has, at once; nothing happens if it has ended already."""
 
     @property
     def current(self) -> int:

@@ -135,7 +135,7 @@ class Engine:
         return self._submit(request, on_event, tokens=tokens, bounded=True)
 
     def cancel(self, stream: Stream) -> None:
-        """End a reply with what it has, before the next step; nothing happens if it has ended already."""
+        """As Backend."""
         self._scheduler.cancel(stream)
 
     def generate(self, requests: Sequence[Request]) -> list[Finished]:
@@ -174,16 +174,12 @@ class Engine:
         return self._versions.current
 
     def loaded(self) -> dict[int, int]:
-        """How many replies run on each loaded version or wait for it by name; the base is 0."""
+        """As Backend."""
         with self._scheduler.lock:
             return self._versions.loaded()
 
     def stage(self, version: int, weights: AdapterWeights, timeout: float | None = 60.0) -> None:
-        """Copy an adapter into a free slot and probe it: from then on it may be activated or named.
-
-        If the version is loaded already, this only takes back its retirement. Raises NoFreeSlot, ProbeFailed, ValueError
-        for weights that do not fit, TimeoutError when no step ends in `timeout` seconds.
-        """
+        """As Backend."""
         with self._staging:
             with self._scheduler.lock:
                 if self._versions.keep(version):
@@ -203,8 +199,10 @@ class Engine:
     def restage(self, version: int, weights: AdapterWeights, timeout: float | None = 60.0) -> None:
         """Put new weights in the place of a loaded version on which no reply runs; stage it if it is not loaded.
 
-        Raises VersionInUse, and what `stage` raises; when the new weights fail, the version is gone.
+        Raises VersionInUse, ValueError for the base, and what `stage` raises; when the new weights fail, the version is gone.
         """
+        if version == 0:
+            raise ValueError("version v0 is the base, which has no adapter; give this one a number from 1")
         if version in self.loaded():
             with self._staging:
                 self._between_steps(lambda: self._replace(version, weights), timeout)
@@ -212,7 +210,7 @@ class Engine:
             self.stage(version, weights, timeout)
 
     def activate(self, version: int, timeout: float | None = 60.0) -> None:
-        """From now on admit requests that name no version to this one. Raises UnknownVersion, TimeoutError."""
+        """As Backend."""
 
         def flip() -> None:
             with self._scheduler.lock:
@@ -221,10 +219,7 @@ class Engine:
         self._between_steps(flip, timeout)
 
     def warm(self, version: int, timeout: float = 5.0) -> None:
-        """Let a loaded version read what prompts to the current one most often begin with, as far as the time allows.
-
-        Raises UnknownVersion.
-        """
+        """As Backend."""
         hottest: list[tuple[int, ...]] = []
         uid, until = self._versions.uid_of(self.current), time.monotonic() + timeout
         with suppress(TimeoutError):  # a step that takes so long leaves no time to warm anything
@@ -237,10 +232,7 @@ class Engine:
             self._submit(request, None, tokens=False, bounded=False).result()
 
     def retire(self, version: int) -> None:
-        """Free the version's slot once its last reply has ended; new requests for it are refused.
-
-        Nothing happens if it is not loaded. Raises ValueError for the base and the current version.
-        """
+        """As Backend."""
         with self._scheduler.lock:
             self._versions.retire(version)
 
@@ -261,7 +253,7 @@ class Engine:
         with torch.inference_mode():
             finite = self._forward.probe(slot, range(min(8, self.max_len, self.chat.vocab_size)))
         if not finite:
-            raise ProbeFailed(f"a forward with version v{version} gives numbers that are not finite; it is not served")
+            raise ProbeFailed(f"a forward with version v{version} gives numbers that are not finite.")
 
     def _between_steps(self, command: Callable[[], None], timeout: float | None) -> None:
         self._commands.between_steps(command, self._thread, timeout)
@@ -293,7 +285,7 @@ class Engine:
             self._forward.close()
 
     def stats(self) -> EngineStats:
-        """Numbers for metrics, of a moment that may lie within a step."""
+        """As Backend."""
         return EngineStats(
             running=len(self._batch),
             waiting=self._scheduler.waiting,

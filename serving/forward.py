@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from serving.decoder import Decoder, fits
 from serving.graphs import Graphs, recorder
 from serving.kv import KeyValueRows, given_cache, layer_shapes
-from serving.lora import BASE, Slots
+from serving.lora import Slots
 from serving.model import ModelError
 from serving.native import Native
+from serving.sites import BASE
 
 _log = logging.getLogger(__name__)
 
@@ -130,13 +131,14 @@ class Forward:
 
         Raises ModelError when they differ: some architectures look at masks or positions in ways of their own.
         """
-        self._record()
         if self.kv.length < 4:
+            self._graphs = None
             return  # too short to be read in pieces
         ids = [1 + i % 7 for i in range(min(12, self.kv.length))]
         cuts = [[0, len(ids) // 2, len(ids) - 1, len(ids)], [0, len(ids) // 3, len(ids) - 1, len(ids)]][: self.kv.rows]
         name = self.model.config.model_type
         try:
+            self._record()
             plain = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[:, -1]
             for i in range(3):
                 pieces = [ids[cut[i] : cut[i + 1]] for cut in cuts]

@@ -161,7 +161,7 @@ class Native:
             last,
         )
         tokens = _Tokens(end, len(ids), *(a.buffer_info()[0] for a in arrays), logits_BV.data_ptr())
-        if self._library.heed_step(self._stepper, ctypes.byref(tokens)):
+        if self._library.heed_step(self._stepper, ctypes.byref(tokens)):  # never without tokens: every row has an id
             raise MemoryError(f"there is no memory for a step of {end} tokens")
         return logits_BV
 

@@ -42,7 +42,7 @@ typedef float vec4 __attribute__((vector_size(16)));
 
 inline_ vec load(const float *p) { return *(const vec *)p; }
 inline_ void store(float *p, vec v) { *(vec *)p = v; }
-/* x * y + z, rounded once. Said outright, and nothing else is fused (-ffp-contract=off), because compilers choose place by
+/* x * y + z, rounded once where there is an instruction for it. Said outright, and nothing else is fused (-ffp-contract=off), because compilers choose place by
    place, and then a sum would depend on the company it is made in. */
 #if defined(__AVX512F__)
 inline_ vec fused(vec x, vec y, vec z) { return (vec)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
@@ -176,14 +176,29 @@ inline_ void relax(int spins) {
   if (spins > 500) sched_yield();
 }
 
-#define TASK_BITS 20 /* of a ticket; the others are the phase's */
+/* For a test: threads are late at any place. */
+#ifdef JITTER
+#include <time.h>
+static void jitter(void) {
+  static _Thread_local uint32_t state;
+  if (!state) state = (uint32_t)(uintptr_t)&state | 1;
+  state = state * 1664525 + 1013904223;
+  if (state >> 26 == 0) nanosleep(&(struct timespec){.tv_nsec = state >> 8 & 0xffff}, NULL);
+}
+#else
+#define jitter()
+#endif
+
+#define TASK_BITS 20 /* of a ticket: more tasks than any phase has; the others are the phase's */
 #define TASKS (((uint64_t)1 << TASK_BITS) - 1)
 
 inline_ int runs(uint64_t ticket, uint64_t phase) { return (ticket & ~TASKS) == phase << TASK_BITS; }
 
-/* The next task of a phase of `count`; -1 when none is left. Before this has returned a task, what is read of the step may be
-   of a later one, if this thread was away for long: then the phase is over, and nothing comes of it. */
+/* The next task of a phase of `count` (from 1 to TASKS); -1 when none is left. A thread that was away for long may read a later
+   step's sizes and pointers, even while they are written. That race is meant: only where the exchange below finds the phase
+   still running does anything come of what was read, and while a phase runs nobody writes any of it. */
 inline_ int take(Stepper *e, uint64_t phase, int count) {
+  jitter();
   uint64_t ticket = atomic_load(&e->ticket);
   do
     if (!runs(ticket, phase) || (int)(ticket & TASKS) >= count) return -1;
@@ -193,7 +208,9 @@ inline_ int take(Stepper *e, uint64_t phase, int count) {
 
 /* One more task of a phase of `count` is done; with the last one the next phase begins. */
 inline_ void finish(Stepper *e, uint64_t phase, int count) {
+  jitter();
   if (atomic_fetch_add(&e->finished, 1) + 1 < count) return;
+  jitter();
   atomic_store(&e->finished, 0);
   atomic_store(&e->ticket, (phase + 1) << TASK_BITS);
 }
@@ -203,7 +220,7 @@ static void wait_for_all(Stepper *e, uint64_t phase) {
 }
 
 /* Products: y[token][output] = w[output] · x[token], four outputs of a few tokens at a time. The next four are asked for meanwhile,
-   in the order they lie in: processors guess one stream of memory better than four. */
+   in the order they lie in: processors guess one stream of memory better than four. Past the end nothing is read. */
 
 /* Where there are 32 registers they hold the sums and the weights, else the sums and the tokens. */
 #ifdef __AVX512F__
@@ -625,8 +642,9 @@ Stepper *heed_open(const Model *model, int32_t threads) {
   return NULL;
 }
 
-/* 0, or -1 when memory is short. One call at a time. */
+/* 0, or -1 when memory is short, -2 without tokens. One call at a time. */
 int32_t heed_step(Stepper *e, const Tokens *tokens) {
+  if (tokens->count < 1 || tokens->last_count < 1) return -2; /* a phase of no tasks would never end */
   if (make_room(e, tokens->count)) return -1;
   e->t = *tokens;
   begin_step(e);

@@ -106,7 +106,12 @@ class Stream:
 
     def take(self) -> Event | None:
         """The next event, Token after Token, then Finished; None when no more has come yet."""
-        return self._events.popleft() if self._events else None
+        event = self._events.popleft() if self._events else None
+        if isinstance(event, Finished):
+            self._reader = (
+                None  # whoever listened most likely holds the stream, too: nothing is to wait for a collection
+            )
+        return event
 
     def deliver(self, event: Event) -> Reader | None:
         """Called by the engine with each event in order; returns the reader to wake, if there is one.

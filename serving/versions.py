@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from serving.lora import BASE
+from serving.sites import BASE
 
 
 class UnknownVersion(ValueError):

@@ -136,6 +136,7 @@ def with_peft(model: PreTrainedModel, weights: AdapterWeights) -> PeftModel:
 def logprobs_of(model: Any, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> Tensor:
     """log p of each reply id by one plain forward over the whole text; [T]."""
     with torch.no_grad():
-        logits_1TV = model(input_ids=torch.tensor([[*prompt_ids, *reply_ids]])).logits
+        ids_1T = torch.tensor([[*prompt_ids, *reply_ids]], device=model.device)
+        logits_1TV = model(input_ids=ids_1T).logits.float().cpu()
     logprobs_TV = logits_1TV[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
     return logprobs_TV.gather(1, torch.tensor(reply_ids)[:, None])[:, 0]

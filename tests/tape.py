@@ -37,17 +37,11 @@ def memory(tensor: Tensor) -> int:
     return 0 if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
-def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """As serving/graphs.py's recordings: the result lies where it lay."""
+def record(work: Callable[[], object]) -> Callable[[], object]:
     with Tape() as tape:
-        result = step()
-
-    def replay() -> Tensor:
-        tape.repeat()
-        return result
-
-    return replay
+        work()
+    return tape.repeat
 
 
-def recorder(device: torch.device) -> Callable[[Callable[[], Tensor]], Callable[[], Tensor]]:  # noqa: ARG001
+def recorder(device: torch.device) -> Callable[[Callable[[], object]], Callable[[], object]]:  # noqa: ARG001
     return record

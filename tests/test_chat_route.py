@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 import threading
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from feedback.events import EXCHANGES
 from serving.routes import bodies
 from serving.routes.answers import _event
+from serving.routes.completion import Completion
 from tests import bases
 from tests.served import MAX_LEN, Served, TroubledLog
 
@@ -586,3 +588,68 @@ def test_when_the_engine_fails_it_is_said_with_a_status_or_within_the_stream(ser
     assert server.exchanges() == []
     poison(server, 1.0)
     assert server.chat().status_code == 200
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_fault_of_ours_ends_a_choice_once_and_the_answer_too(
+    server: Served, monkeypatch: pytest.MonkeyPatch, choices: int
+):
+    """A metric that fails on a second token: that choice ends with an error, the others are whole."""
+    right, timed = Completion._time, []
+
+    def time_it(self: Completion, choice: int) -> None:
+        timed.append(choice)
+        if timed.count(0) == 2 and choice == 0:
+            raise ZeroDivisionError
+        right(self, choice)
+
+    monkeypatch.setattr(Completion, "_time", time_it)
+    answer = server.chat(n=choices, stream=True, heed={"ignore_eos": True}, temperature=0)
+    events = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+    ended = [c["index"] for event in events for c in event.get("choices", ()) if c["finish_reason"]]
+    assert sorted(ended) == list(range(1, choices))
+    assert [event["error"]["type"] for event in events if "error" in event] == ["server_error"]
+    server.until(lambda: server.wiring.speaker is not None and server.wiring.speaker.engine.stats().running == 0)
+
+
+def test_at_the_deadline_what_was_said_is_answered_streamed_or_not(serve_with: Callable[..., Served]):
+    """Of six choices two find a row, the others are still in line when time is up."""
+    server = serve_with(max_rows=2, request_timeout_s=1)
+    assert server.wiring.speaker is not None
+    steps = server.wiring.speaker.engine._steps  # type: ignore[attr-defined]
+    take = steps.take
+    steps.take = lambda: (time.sleep(0.02), take())  # a slow model
+    asked = {"n": 6, "seed": 1, "max_tokens": 150, "heed": {"ignore_eos": True}}
+    whole = server.chat(**asked)
+    _, chunks = stream(server, **asked)
+    said = {choice["index"]: choice["message"]["content"] for choice in whole.json()["choices"]}
+    assert sorted(said) == list(range(6))
+    assert sum(map(bool, said.values())) == len(server.exchanges()) / 2 == 2
+    assert not whole.json()["heed"]["kept"], "of all choices"
+    assert {index for index in range(6) if text_of(chunks, index)} == {index for index in said if said[index]}
+
+
+def test_no_reply_fails_because_the_board_does(
+    server: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(server.wiring.board, "put_exchange", lambda *_: 1 / 0)
+    answer = server.chat(seed=1)
+    assert answer.status_code == 200
+    assert answer.json()["heed"]["kept"]
+    assert [exchange.id for exchange in server.exchanges()] == [answer.json()["id"]]
+    assert "the board failed on chatcmpl-" in caplog.text
+
+
+def test_an_answered_chat_leaves_nothing_for_a_collection(server: Served):
+    server.chat(stream=True)
+    gc.collect()
+    gc.disable()
+    try:
+        for stream in (True, False):
+            assert server.chat(stream=stream).status_code == 200
+        server.until(lambda: not server.wiring.tasks)
+        left = [one for one in gc.get_objects() if type(one) is Completion]
+        assert left == []
+    finally:
+        gc.enable()

@@ -330,6 +330,8 @@ def test_restaging_replaces_the_weights_of_an_idle_version():
         with pytest.raises(ProbeFailed):
             engine.restage(1, spoilt(3e38))
         assert (engine.current, engine.loaded()) == (0, {0: 0})
+        with pytest.raises(ValueError, match="v0 is the base"):
+            engine.restage(0, ADAPTERS[1])
 
 
 def test_nan_in_one_version_ends_its_own_replies_and_nobody_elses():

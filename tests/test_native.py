@@ -146,6 +146,20 @@ def test_a_reply_is_the_same_to_the_last_bit_in_any_company(
         together.close()
 
 
+@pytest.mark.usefixtures("home")
+def test_threads_that_are_late_anywhere_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Compiled so that threads sleep at random wherever they take or finish a task: some miss phases, and whole steps."""
+    requests = [request(i, length=5 + 9 * i, max_tokens=40) for i in range(8)]
+    punctual = engine_of(bases.llama(), threads=1)
+    expected = [said(reply) for reply in punctual.generate(requests)]
+    punctual.close()
+    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-DJITTER"])
+    for threads in (2, 3, 8):
+        late = engine_of(bases.llama(), threads=threads)
+        assert [said(reply) for reply in late.generate(requests)] == expected
+        late.close()
+
+
 def test_ids_and_lengths_beyond_the_model_are_errors_and_not_memory():
     engine = engine_of(bases.llama())
     for ids, reason in (((5, 320), "error"), ((5, 2**31 - 1), "error"), ((5, 6), "length")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.lora import BASE
+from serving.sites import BASE
 from serving.versions import NoFreeSlot, UnknownVersion, VersionInUse, Versions
 
 

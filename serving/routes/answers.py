@@ -25,7 +25,7 @@ _LINE_ENDS = [("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")]
 
 
 async def whole(completion: Completion, chat: Chat, *, logprobs: bool) -> Json:
-    """The answer in one piece. Raises ServerFailed, Unavailable (nothing was said before the deadline)."""
+    """The answer in one piece. Raises ServerFailed."""
     said: list[list[Json]] = [[] for _ in range(completion.asked.choices)]
     ended: dict[int, Ended] = {}
     async for events in completion.events():
@@ -35,7 +35,7 @@ async def whole(completion: Completion, chat: Chat, *, logprobs: bool) -> Json:
             elif logprobs:
                 said[choice] += entries(chat, event)
     for end in ended.values():
-        if (failure := failure_of(end.finished)) is not None:
+        if end.finished.reason == "error" and (failure := failure_of(end.finished)):
             raise failure
     choices = [
         {

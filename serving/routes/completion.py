@@ -7,6 +7,7 @@ client is gone. So whoever has received a reply whole can rate it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from serving.routes.wiring import Speaker, Wiring
 KEEP_WAIT_S = 30.0
 """After this long without an answer from the log, a reply is finished as not kept."""
 _SWAPS_RACED = 3
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class Completion:
         self._streams: list[Stream] = []
         self._heard = [asked.arrived] * asked.choices
         """When each choice last said something (time.monotonic())."""
+        self._failed: set[int] = set()
+        """Choices that ended by a fault of ours."""
         self._arrived: Events = []
         self._more = asyncio.Event()
 
@@ -99,15 +103,21 @@ class Completion:
             self._speaker.engine.cancel(stream)
 
     async def begun(self) -> None:
-        """Wait until the first event, when the version is known. Raises ServerFailed, Unavailable if that is a failure.
+        """Wait until something is said, when the version is known. Raises ServerFailed, and Unavailable if nothing ever is.
 
         So a stream that cannot even begin is refused with a status, not with an error inside a 200.
         """
-        await self._more.wait()
-        choice, event = self._arrived[0]
-        if isinstance(event, Ended) and (failure := failure_of(event.finished)) is not None:
-            self.cancel()
-            raise failure
+        for ended in range(self.asked.choices):
+            while len(self._arrived) == ended:
+                self._more.clear()
+                await self._more.wait()
+            choice, event = self._arrived[ended]
+            failure = failure_of(event.finished) if isinstance(event, Ended) else None
+            if failure is None:
+                break
+            if ended == self.asked.choices - 1 or isinstance(failure, ServerFailed):
+                self.cancel()
+                raise failure
         bound = self._streams[choice].version
         self.version = 0 if bound is None else bound
         metrics, role = self._wiring.metrics, role_of(self.version, self._wiring.release())
@@ -144,17 +154,21 @@ class Completion:
 
     def _hear(self, choice: int, stream: Stream) -> None:
         """Called in the loop whenever the engine has said more."""
-        try:
-            while (event := stream.take()) is not None:
+        while (event := stream.take()) is not None:
+            if choice in self._failed:
+                continue
+            try:
                 if isinstance(event, Finished):
                     self._count(stream, event)
                     self._wiring.go_on(self._end(choice, event))
                 else:
                     self._time(choice)
                     self._pass_on(choice, event)
-        except Exception as error:
-            self._pass_on(choice, self._broken(error))  # whoever waits must hear of it; the error itself rises
-            raise
+            except Exception as error:  # whoever waits must hear of it, once; the error itself rises
+                self._failed.add(choice)
+                self._speaker.engine.cancel(stream)
+                self._pass_on(choice, self._broken(error))
+                raise
 
     async def _end(self, choice: int, finished: Finished) -> None:
         """Pass on the end of a reply, once the log has answered."""
@@ -192,7 +206,10 @@ class Completion:
             event = self._exchange(choice, finished, finished.reason)
             outcome = "kept" if await self._append(event) else "dropped"
             if outcome == "kept":
-                await asyncio.to_thread(self._show, event)
+                try:
+                    await asyncio.to_thread(self._show, event)
+                except Exception:  # the board is never the truth: no reply fails because it does
+                    _log.exception("the board failed on %s", event.id)
             else:
                 self._wiring.dropped.append(event.id)
         self._wiring.metrics.exchanges.labels(outcome).inc()
