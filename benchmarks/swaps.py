@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import tempfile
@@ -87,6 +88,7 @@ async def talk_and_swap(
     """Answers, what failed, and from when to when each swap took: promoted, and first heard."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompts = [prompt(tokenizer, PROMPT, seed) for seed in range(TALKERS * 64)]  # before, since it takes time
+    gc.freeze()  # a full collection of what was imported takes longer than any gap
     answers: list[Answer] = []
     failures: list[str] = []
     heard: dict[str, float] = {}

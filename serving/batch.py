@@ -12,6 +12,8 @@ from serving.kv import KeyValueRows
 from serving.prefix import PrefixCache
 from serving.reply import Reply
 
+LONG = 4
+
 
 class Batch:
     """Reply i of `replies` owns key/value row i. Of replies with the same prompt and version one reads it for all."""
@@ -42,12 +44,15 @@ class Batch:
     def next_pieces(self, share: int, *, padded: bool) -> list[tuple[Reply, int]]:
         """The replies whose prompts to read from now, whose rows lie together, with how many ids of each.
 
-        In all at most `share` ids, counting the padding to the longest piece where they are `padded`.
+        In all at most `share` ids, counting the padding to the longest piece where they are `padded`. Elsewhere a prompt
+        that will take more than LONG steps leaves half of each to those behind it.
         """
         pieces: list[tuple[Reply, int]] = []
-        width, left = 0, share
-        for reply in self.reading:
+        width, left, reading = 0, share, self.reading
+        for number, reply in enumerate(reading, 1):
             count = min(reply.left_to_read, share if padded else left)
+            if not padded and reply.left_to_read > LONG * share and number < len(reading):
+                count = -(-left // 2)
             width = max(width, count)
             if count == 0 or (padded and width * (len(pieces) + 1) > share):
                 break

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -141,6 +142,10 @@ class _Server(uvicorn.Server):
         """In a thread of its own: load the model and let it speak, or have the server end."""
         try:
             speaker = load_speaker(self._settings, self._wiring)
+            # what is there now lives as long as the process: each full collection would look at all of it, and stop
+            # every stream for a quarter of a second
+            gc.collect()
+            gc.freeze()
         except BaseException as error:
             self._failure = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: told to stop meanwhile

@@ -109,6 +109,16 @@ def test_pieces_that_are_not_padded_fill_a_step():
     assert counts == {2: [2], 3: [3], 9: [3, 4, 2], 30: [3, 4, 9]}
 
 
+def test_a_long_prompt_leaves_half_of_each_step_to_those_behind_it():
+    batch = a_batch()
+    for length in (12, 3):
+        batch.join(a_reply(tuple(range(length))))
+    counts = {share: [count for _, count in batch.next_pieces(share, padded=False)] for share in (1, 2, 3)}
+    assert counts == {1: [1], 2: [1, 1], 3: [3]}
+    batch.leave(batch.replies[1])
+    assert [count for _, count in batch.next_pieces(2, padded=False)] == [2], "nobody is behind it"
+
+
 def test_a_dirty_row_is_wiped_to_its_end():
     batch = a_batch()
     reply = a_reply((1, 2, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -303,3 +305,12 @@ def test_a_port_is_taken_from_the_moment_it_is_listened_on():
     [first] = listen("127.0.0.1", 0)
     with first, pytest.raises(CannotStart, match="in use"):
         listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_what_lives_as_long_as_the_process_is_out_of_the_collectors_way(monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+    monkeypatch.setattr(process, "load_speaker", lambda *_: done.append("loaded"))
+    monkeypatch.setattr(gc, "freeze", lambda: done.append("frozen"))
+    loop = SimpleNamespace(call_soon_threadsafe=lambda *_: done.append("speaks"))
+    process._Server._load(SimpleNamespace(_settings=None, _wiring=None, _loop=loop, _speak=None))  # type: ignore[arg-type]
+    assert done == ["loaded", "frozen", "speaks"]
