@@ -13,6 +13,7 @@ from serving.prefix import PrefixCache
 from serving.reply import Reply
 
 LONG = 4
+"""A prompt that takes more steps than this does not keep those behind it waiting for its end."""
 
 
 class Batch:

@@ -42,8 +42,8 @@ typedef float vec4 __attribute__((vector_size(16)));
 
 inline_ vec load(const float *p) { return *(const vec *)p; }
 inline_ void store(float *p, vec v) { *(vec *)p = v; }
-/* x * y + z, rounded once where there is an instruction for it. Said outright, and nothing else is fused (-ffp-contract=off), because compilers choose place by
-   place, and then a sum would depend on the company it is made in. */
+/* x * y + z, rounded once where there is an instruction for it. Said outright, and nothing else is fused
+   (-ffp-contract=off), because compilers choose place by place, and then a sum would depend on the company it is made in. */
 #if defined(__AVX512F__)
 inline_ vec fused(vec x, vec y, vec z) { return (vec)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
 #elif defined(__FMA__)

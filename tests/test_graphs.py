@@ -15,7 +15,6 @@ from tests import bases, tape
 PROMPT = (5, 6, 7)
 REPLY = Sampling(max_tokens=9, seed=3, ignore_eos=True)
 
-
 Size = tuple[int, int, bool]
 
 
