@@ -184,13 +184,13 @@ def rescored(server: Heed, model: Path) -> Json:
     """The largest difference of a served log-prob from that of a plain forward of the version that is named."""
     log = open_log(FeedbackConfig(data=server.work / "data"), writes=())
     of_version: dict[int, list[Exchange]] = defaultdict(list)
-    after = 0
+    after: dict[str, int] = {}
     while records := log.read(EXCHANGES, after, 1000):
         for record in records:
             exchange = parse_event(record.event)
             assert isinstance(exchange, Exchange)
             of_version[exchange.version].append(exchange)
-        after = records[-1].offset
+        after = {record.partition: record.offset for record in records}
     log.close()
     worst, count = 0.0, 0
     for version, exchanges in of_version.items():

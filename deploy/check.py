@@ -90,9 +90,10 @@ def log(config: LearnerConfig) -> Iterator[Finding]:
 
     opened = open_log(config.serving.feedback, writes=())
     try:
-        counts = ", ".join(f"{opened.end(topic)} {topic.removeprefix('heed.')}" for topic in TOPICS)
-        for topic in TOPICS:
-            opened.read(topic, max(0, opened.end(topic) - 1), 1)
+        ends = {topic: opened.end(topic) for topic in TOPICS}
+        counts = ", ".join(f"{sum(end.values())} {topic.removeprefix('heed.')}" for topic, end in ends.items())
+        for topic, end in ends.items():
+            opened.read(topic, {partition: max(0, offset - 1) for partition, offset in end.items()}, 1)
     finally:
         opened.close()
     yield Finding("log", "ok", f"readable: {counts}")

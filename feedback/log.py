@@ -1,7 +1,7 @@
 """The log: what happened, in order, kept before anyone is told it was kept.
 
-A topic has one writing process and any number of readers. Readers keep their own offsets, beside the state they make of
-what they read.
+A topic is one partition or several; events of one key lie in one partition, in the order in which they were handed in.
+Readers keep their own offsets, beside the state they make of what they read.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Protocol
 from feedback.config import FeedbackConfig
 
 Offset = int
-"""Position of a record in its topic; the first is 1, and they grow by 1."""
+"""Position of a record in its partition; the first is 1, and they grow."""
 
 Offsets = Mapping[str, Offset]
-"""Topic → last offset read."""
+"""Partition → an offset of it; a partition that is absent counts as not begun."""
 
 
 class LogUnavailable(Exception):
@@ -29,6 +29,8 @@ class Record:
     """One event as it lies in the log; `event` is its JSON, see feedback.events.parse_event."""
 
     topic: str
+    partition: str
+    """Its name, which no other topic's partition has: `heed.feedback`, or `heed.feedback/3` where there are several."""
     offset: Offset
     key: str
     event: str
@@ -40,7 +42,7 @@ class Log(Protocol):
     def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
         """Hand in an event (JSON); the future gives its offset once it is durable, or raises LogUnavailable.
 
-        Events of a topic handed in by one thread are kept in that order. The future cannot be cancelled: what was
+        Events of a key handed in by one thread are kept in that order. The future cannot be cancelled: what was
         handed in is kept even when nobody waits for it any more. Raises ValueError where this log does not write
         `topic`, LogUnavailable where it is closed.
         """
@@ -50,16 +52,19 @@ class Log(Protocol):
         """Keep an event and give its offset; returns only when it is durable. Raises LogUnavailable, ValueError."""
         ...
 
-    def read(self, topic: str, after: Offset, max_events: int) -> list[Record]:
-        """At most `max_events` records that follow offset `after` (0: from the first), in order.
+    def read(self, topic: str, after: Offsets, max_events: int) -> list[Record]:
+        """At most `max_events` records that follow the offsets `after`, each partition's in order.
 
         Empty at the end, where nothing was ever written, and while the log cannot be reached for now.
         Raises LogUnavailable where waiting will not help, e.g. when the file is damaged.
         """
         ...
 
-    def end(self, topic: str) -> Offset:
-        """The last offset of a topic, 0 where it is empty or away for now. Raises LogUnavailable as `read` does."""
+    def end(self, topic: str) -> Offsets:
+        """The last offset of each partition, 0 of an empty one; nothing while the topic is away, or was never written.
+
+        Raises LogUnavailable as `read` does.
+        """
         ...
 
     def close(self) -> None:

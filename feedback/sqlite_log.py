@@ -1,4 +1,4 @@
-"""The embedded log: one SQLite file a topic, in WAL mode, with one writing process and many readers.
+"""The embedded log: one SQLite file a topic, which is its one partition, in WAL mode, with one writing process and many readers.
 
 The life of an event: `submit` queues it; the writer thread takes everything queued, writes it in one transaction a
 topic, and resolves the futures when SQLite has synced the WAL. Readers see a transaction only after that sync, so
@@ -21,7 +21,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from feedback import sqlite_file
-from feedback.log import LogUnavailable, Offset, Record
+from feedback.log import LogUnavailable, Offset, Offsets, Record
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +58,16 @@ class SqliteLog:
     def append(self, topic: str, key: str, event: str) -> Offset:
         return self.submit(topic, key, event).result()
 
-    def read(self, topic: str, after: Offset, max_events: int) -> list[Record]:
+    def read(self, topic: str, after: Offsets, max_events: int) -> list[Record]:
         rows = self._reader(topic).select(
             "SELECT offset, key, event FROM records WHERE offset > ? ORDER BY offset LIMIT ?",
-            (after, max(max_events, 0)),
+            (after.get(topic, 0), max(max_events, 0)),
         )
-        return [Record(topic, offset, key, event) for offset, key, event in rows]
+        return [Record(topic, topic, offset, key, event) for offset, key, event in rows]
 
-    def end(self, topic: str) -> Offset:
+    def end(self, topic: str) -> Offsets:
         rows = self._reader(topic).select("SELECT coalesce(max(offset), 0) FROM records", ())
-        return int(rows[0][0]) if rows else 0
+        return {topic: int(rows[0][0])} if rows else {}
 
     def close(self) -> None:
         with self._lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from feedback.events import EXCHANGES, FEEDBACK
-from feedback.log import Log, LogUnavailable
+from feedback.log import Log, LogUnavailable, Offsets
 from learner.metrics import LearnerMetrics
 from learner.state import State
 
@@ -31,16 +31,11 @@ class Intake:
         """Take a batch of each topic in; true while there is more to read. Raises LogUnavailable."""
         more = False
         for topic in (EXCHANGES, FEEDBACK):
-            end = self.log.end(topic)
-            if 0 < end < self.offset(topic):
-                raise LogUnavailable(
-                    f"the log of {topic} ends at {end}, before {self.offset(topic)}, which is learned already: it was "
-                    "replaced or restored from a copy. Put the right one back, or begin anew with heed learn --rebuild."
-                )
-            records = self.log.read(topic, self.offset(topic), BATCH)
+            self.refuse_another_log(self.log.end(topic))
+            records = self.log.read(topic, self.state.offsets(), BATCH)
             if records:
                 self.state.absorb(records, self.clock())
-            self.metrics.lag.labels(topic).set(max(0, self.log.end(topic) - self.offset(topic)))
+            self.metrics.lag.labels(topic).set(self.lag(self.log.end(topic)))
             more = more or len(records) == BATCH
         if self.exchanges_are_read():
             self.state.give_up_waiting(self.clock() - self.join_wait_s, self.clock())
@@ -49,10 +44,21 @@ class Intake:
     def exchanges_are_read(self) -> bool:
         """Whether an exchange that is not in the state is nowhere. A log that shows no end may only be away for now."""
         end = self.log.end(EXCHANGES)
-        if end == 0:
+        if not any(end.values()):
             return self.clock() - self.started > self.join_wait_s
-        return self.offset(EXCHANGES) >= end
+        return self.lag(end) == 0
 
-    def offset(self, topic: str) -> int:
-        """The last offset of the topic that is in the state."""
-        return self.state.offsets().get(topic, 0)
+    def lag(self, end: Offsets) -> int:
+        """How many events before `end` are not in the state yet."""
+        reached = self.state.offsets()
+        return sum(max(0, offset - reached.get(partition, 0)) for partition, offset in end.items())
+
+    def refuse_another_log(self, end: Offsets) -> None:
+        """Raises LogUnavailable where the log ends before what is learned already."""
+        reached = self.state.offsets()
+        for partition, offset in end.items():
+            if offset < reached.get(partition, 0):
+                raise LogUnavailable(
+                    f"the log of {partition} ends at {offset}, before {reached[partition]}, which is learned already: it "
+                    "was replaced or restored from a copy. Put the right one back, or begin anew with heed learn --rebuild."
+                )

@@ -100,8 +100,9 @@ class Releaser:
 
     def _last_mirrored(self) -> int:
         """Generation of the last release of this policy in the log; 0 where there is none."""
-        end = self.log.end(RELEASES)
-        for record in reversed(self.log.read(RELEASES, max(0, end - 100), 100)):
-            if record.key == self.store.policy:
-                return Release.model_validate_json(record.event).generation
-        return 0
+        generation, reached = 0, dict[str, int]()
+        while records := self.log.read(RELEASES, reached, 1000):
+            reached |= {record.partition: record.offset for record in records}
+            own = [record.event for record in records if record.key == self.store.policy]
+            generation = Release.model_validate_json(own[-1]).generation if own else generation
+        return generation

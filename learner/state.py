@@ -91,15 +91,15 @@ class State:
             reached = dict(self.offsets())
             new = 0
             for record in records:
-                if record.offset > reached.get(record.topic, 0):
+                if record.offset > reached.get(record.partition, 0):
                     joiner.take(record)
-                    reached[record.topic] = record.offset
+                    reached[record.partition] = record.offset
                     new += 1
             db.executemany("INSERT OR REPLACE INTO offsets VALUES (?, ?)", reached.items())
         return new
 
     def offsets(self) -> Mapping[str, int]:
-        """Topic to the last offset absorbed; a topic never read is absent."""
+        """Partition → the last offset absorbed; one never read is absent."""
         return dict(self.db.execute("SELECT topic, last FROM offsets"))
 
     def give_up_waiting(self, accepted_before: float, now: float) -> int:
@@ -205,7 +205,7 @@ class State:
             for topic, place, event in readable:
                 db.execute("DELETE FROM parked WHERE topic = ? AND place = ?", (topic, place))
                 db.execute("UPDATE counters SET count = count - 1 WHERE name = 'newer_schema'")
-                joiner.take(Record(topic, place, "", event))
+                joiner.take(Record(topic, topic, place, "", event))
 
     def _count(self, condition: str) -> int:
         query = f"SELECT count(*) FROM feedback f WHERE {LEARNED_FROM} {condition}"

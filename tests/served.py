@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from feedback.board import open_board
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, Exchange, Feedback, Retraction, parse_event
-from feedback.log import Log, LogUnavailable, Offset, Record, open_log
+from feedback.log import Log, LogUnavailable, Offset, Offsets, Record, open_log
 from serving.adapters import AdapterStore, Base
 from serving.app import create_app
 from serving.config import ServingConfig
@@ -106,10 +106,10 @@ class TroubledLog:
     def append(self, topic: str, key: str, event: str) -> Offset:
         return self.submit(topic, key, event).result()
 
-    def read(self, topic: str, after: Offset, max_events: int) -> list[Record]:
+    def read(self, topic: str, after: Offsets, max_events: int) -> list[Record]:
         return self._log.read(topic, after, max_events)
 
-    def end(self, topic: str) -> Offset:
+    def end(self, topic: str) -> Offsets:
         return self._log.end(topic)
 
     def close(self) -> None:
@@ -135,11 +135,11 @@ class Served:
         return self.http.post("/v1/chat/completions", json=body)
 
     def exchanges(self) -> list[Exchange]:
-        events = [parse_event(record.event) for record in self.wiring.log.read(EXCHANGES, 0, 10_000)]
+        events = [parse_event(record.event) for record in self.wiring.log.read(EXCHANGES, {}, 10_000)]
         return [event for event in events if isinstance(event, Exchange)]
 
     def said(self) -> list[Feedback | Retraction]:
-        events = [parse_event(record.event) for record in self.wiring.log.read(FEEDBACK, 0, 10_000)]
+        events = [parse_event(record.event) for record in self.wiring.log.read(FEEDBACK, {}, 10_000)]
         return [event for event in events if isinstance(event, Feedback | Retraction)]
 
     def publish(self, seed: int = 1, *, promote: bool = True) -> int:

@@ -49,7 +49,7 @@ def test_a_thumb_is_in_the_log_when_it_is_acknowledged(server: Served):
     assert (said.id, said.kind, said.value, said.aspect) == (receipt["id"], "thumb", 1.0, "overall")
     assert said.reply_ids == (body["id"],)
     assert (said.content.user, said.content.metadata) == ("ann", {"page": "home"})
-    [record] = server.wiring.log.read(FEEDBACK, 0, 10)
+    [record] = server.wiring.log.read(FEEDBACK, {}, 10)
     assert record.key == server.exchanges()[0].id
 
 

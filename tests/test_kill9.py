@@ -205,7 +205,7 @@ class Folder:
         state = State(self.data / "again.db", policy="default", base=self.base.fingerprint)
         with contextlib.closing(open_log(FeedbackConfig(data=self.data), writes=())) as log:
             for topic in (EXCHANGES, FEEDBACK):
-                state.absorb(log.read(topic, 0, log.end(topic)), time.time())
+                state.absorb(log.read(topic, {}, 10**9), time.time())
         return state
 
 
@@ -290,7 +290,7 @@ def counts_each_once(crowd: Crowd, state: State) -> None:
 def serves_whole_versions(crowd: Crowd, folder: Folder) -> None:
     """Versions were made and served between the kills; each that anyone heard was released once, and all are whole."""
     with contextlib.closing(open_log(FeedbackConfig(data=folder.data), writes=())) as log:
-        mirrored = [Release.model_validate_json(record.event) for record in log.read(RELEASES, 0, 10_000)]
+        mirrored = [Release.model_validate_json(record.event) for record in log.read(RELEASES, {}, 10_000)]
     changes = [change for release in mirrored for change in release.changes]
     assert [change.generation for change in changes] == list(range(1, len(changes) + 1))
     released = [change.current for change in changes]

@@ -59,26 +59,28 @@ def writer(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_what_was_appended_is_read_in_order_and_from_any_offset(log: SqliteLog) -> None:
     offsets = [log.append(FEEDBACK, f"key-{number}", f'{{"n":{number}}}') for number in range(5)]
     assert offsets == [1, 2, 3, 4, 5]
-    assert [(record.topic, record.offset, record.key, record.event) for record in log.read(FEEDBACK, 3, 10)] == [
+    assert [
+        (record.topic, record.offset, record.key, record.event) for record in log.read(FEEDBACK, {FEEDBACK: 3}, 10)
+    ] == [
         (FEEDBACK, 4, "key-3", '{"n":3}'),
         (FEEDBACK, 5, "key-4", '{"n":4}'),
     ]
-    assert [record.offset for record in log.read(FEEDBACK, 0, 2)] == [1, 2]
-    assert log.read(FEEDBACK, 5, 10) == []
-    assert log.read(FEEDBACK, 0, 0) == []
-    assert log.end(FEEDBACK) == 5
+    assert [record.offset for record in log.read(FEEDBACK, {}, 2)] == [1, 2]
+    assert log.read(FEEDBACK, {FEEDBACK: 5}, 10) == []
+    assert log.read(FEEDBACK, {}, 0) == []
+    assert log.end(FEEDBACK) == {FEEDBACK: 5}
 
 
 def test_topics_are_apart(log: SqliteLog) -> None:
     assert log.append(EXCHANGES, "a", "{}") == 1
     assert log.append(FEEDBACK, "a", "{}") == 1
-    assert log.end(EXCHANGES) == log.end(FEEDBACK) == 1
+    assert {**log.end(EXCHANGES), **log.end(FEEDBACK)} == {EXCHANGES: 1, FEEDBACK: 1}
 
 
 def test_any_text_comes_back_as_it_was(log: SqliteLog) -> None:
     text = '{"text":"żółć 🙂 \\u0000 \x00 \u2028 \'; DROP TABLE records"}'
     log.append(FEEDBACK, "schlüssel", text)
-    assert log.read(FEEDBACK, 0, 1)[0].event == text
+    assert log.read(FEEDBACK, {}, 1)[0].event == text
 
 
 def test_a_log_survives_its_process_ending_normally(tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_a_log_survives_its_process_ending_normally(tmp_path: Path) -> None:
         log.close()
     assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["heed.feedback.db", "heed.feedback.lock"]
     reader = SqliteLog(tmp_path / "log", [])
-    assert reader.end(FEEDBACK) == 3
+    assert reader.end(FEEDBACK) == {FEEDBACK: 3}
     reader.close()
 
 
@@ -111,7 +113,7 @@ def test_many_threads_get_offsets_without_gaps_and_keep_their_own_order(log: Sql
         thread.start()
     for thread in threads:
         thread.join()
-    records = log.read(FEEDBACK, 0, 10_000)
+    records = log.read(FEEDBACK, {}, 10_000)
     assert [record.offset for record in records] == list(range(1, 1601))
     for number in range(8):
         said = [int(record.event) for record in records if record.key == f"talker-{number}"]
@@ -152,7 +154,7 @@ def test_an_event_is_kept_though_nobody_waits_for_it_any_more(log: SqliteLog) ->
 
     asyncio.run(give_up())
     log.append(FEEDBACK, "key", "{}")
-    assert log.end(FEEDBACK) == 2
+    assert log.end(FEEDBACK) == {FEEDBACK: 2}
 
 
 def test_text_that_is_no_utf8_fails_its_own_caller_alone(log: SqliteLog) -> None:
@@ -196,15 +198,15 @@ def test_a_writer_in_another_process_is_refused_until_it_dies(tmp_path: Path, wr
 
 def test_nothing_is_read_before_anything_was_written_and_something_after(tmp_path: Path) -> None:
     reader = SqliteLog(tmp_path / "log", [])
-    assert reader.read(FEEDBACK, 0, 10) == []
-    assert reader.end(FEEDBACK) == 0
+    assert reader.read(FEEDBACK, {}, 10) == []
+    assert reader.end(FEEDBACK) == {}
     assert not (tmp_path / "log").exists()
     log = SqliteLog(tmp_path / "log", [FEEDBACK])
-    assert reader.read(FEEDBACK, 0, 10) == []
+    assert reader.read(FEEDBACK, {}, 10) == []
     log.append(FEEDBACK, "key", "{}")
-    assert reader.end(FEEDBACK) == 1
+    assert reader.end(FEEDBACK) == {FEEDBACK: 1}
     log.close()
-    assert reader.end(FEEDBACK) == 1
+    assert reader.end(FEEDBACK) == {FEEDBACK: 1}
     reader.close()
 
 
@@ -213,7 +215,7 @@ def test_a_reader_sees_another_process_s_events_at_once_and_writes_nothing(tmp_p
     file, wal = tmp_path / "log" / "heed.feedback.db", tmp_path / "log" / "heed.feedback.db-wal"
     before = file.read_bytes(), wal.read_bytes()
     reader = SqliteLog(tmp_path / "log", [])
-    assert [record.event for record in reader.read(FEEDBACK, 0, 10)] == ["0", "1", "2", "3", "4"]
+    assert [record.event for record in reader.read(FEEDBACK, {}, 10)] == ["0", "1", "2", "3", "4"]
     reader.close()
     assert (file.read_bytes(), wal.read_bytes()) == before
 
@@ -229,12 +231,12 @@ def test_a_killed_writer_s_events_are_read_before_it_comes_back(
     wal = tmp_path / "log" / "heed.feedback.db-wal"
     before = wal.read_bytes()
     reader = SqliteLog(tmp_path / "log", [])
-    assert [record.offset for record in reader.read(FEEDBACK, 0, 10)] == [1, 2, 3, 4, 5]
+    assert [record.offset for record in reader.read(FEEDBACK, {}, 10)] == [1, 2, 3, 4, 5]
     reader.close()  # a last one who could write would copy the WAL into the file now, and delete it
     assert wal.read_bytes() == before
     again = SqliteLog(tmp_path / "log", [FEEDBACK])
     assert again.append(FEEDBACK, "key", "5") == 6
-    assert reader.end(FEEDBACK) == 6
+    assert reader.end(FEEDBACK) == {FEEDBACK: 6}
     reader.close()
     again.close()
 
@@ -249,7 +251,7 @@ reader = SqliteLog(Path(sys.argv[1]), [])
 if os.geteuid() == 0:  # whom no folder's mode keeps from writing
     os.setgid(65534); os.setuid(65534)
 for line in sys.stdin:
-    print(reader.end("heed.feedback"), flush=True)
+    print(sum(reader.end("heed.feedback").values()), flush=True)
 """
     folder = tmp_path_factory.mktemp("shared")
     for place in (folder, *folder.parents[:2]):
@@ -280,7 +282,7 @@ def test_a_damaged_file_is_said_to_be_damaged(tmp_path: Path) -> None:
     (tmp_path / "heed.feedback.db").write_bytes(b"not a database at all" * 1000)
     reader = SqliteLog(tmp_path, [])
     with pytest.raises(LogUnavailable, match=r"cannot read the log .*heed\.feedback\.db: file is not a database"):
-        reader.read(FEEDBACK, 0, 1)
+        reader.read(FEEDBACK, {}, 1)
     with pytest.raises(LogUnavailable, match="file is not a database"):
         reader.end(FEEDBACK)
     reader.close()
@@ -320,11 +322,11 @@ for future in futures:
     error = future.exception()
     assert isinstance(error, LogUnavailable), error
 print(error)
-assert log.end("heed.feedback") == 3
+assert log.end("heed.feedback") == {"heed.feedback": 3}
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 kept += [log.append("heed.feedback", "after", "x" * 50_000) for _ in range(3)]
 assert kept == [1, 2, 3, 4, 5, 6], kept
-assert [record.key for record in log.read("heed.feedback", 0, 100)] == ["small"] * 3 + ["after"] * 3
+assert [record.key for record in log.read("heed.feedback", {}, 100)] == ["small"] * 3 + ["after"] * 3
 log.close()
 """
     process = python(code, tmp_path / "log")
@@ -352,7 +354,7 @@ def test_whatever_goes_wrong_within_a_batch_fails_that_batch_alone(
     with pytest.raises(LogUnavailable, match="no room to think; the event was not kept"):
         log.append(FEEDBACK, "cursed", "{}")
     assert log.append(FEEDBACK, "key", "{}") == 2
-    assert [record.key for record in log.read(FEEDBACK, 0, 10)] == ["key", "key"]
+    assert [record.key for record in log.read(FEEDBACK, {}, 10)] == ["key", "key"]
 
 
 def test_another_who_holds_the_file_makes_it_wait_then_fail_then_live_on(
@@ -377,8 +379,8 @@ def test_reading_while_writing_never_misses_or_repeats(log: SqliteLog) -> None:
     done = threading.Event()
 
     def follow() -> None:
-        while not done.is_set() or log.end(FEEDBACK) > len(seen):
-            seen.extend(record.offset for record in log.read(FEEDBACK, len(seen), random.randint(1, 50)))
+        while not done.is_set() or log.end(FEEDBACK)[FEEDBACK] > len(seen):
+            seen.extend(record.offset for record in log.read(FEEDBACK, {FEEDBACK: len(seen)}, random.randint(1, 50)))
 
     follower = threading.Thread(target=follow)
     follower.start()

@@ -40,12 +40,12 @@ from pathlib import Path
 from feedback.sqlite_log import SqliteLog
 
 log, after = SqliteLog(Path(sys.argv[1]), []), 0
-while not Path(sys.argv[2]).exists() or log.end("heed.feedback") > after:
+while not Path(sys.argv[2]).exists() or sum(log.end("heed.feedback").values()) > after:
     if random.random() < 0.1:  # who opens a killed writer's file first recovers it
         log.close()
         time.sleep(random.random() * 0.05)
         log = SqliteLog(Path(sys.argv[1]), [])
-    for record in log.read("heed.feedback", after, 100):
+    for record in log.read("heed.feedback", {"heed.feedback": after}, 100):
         assert record.offset == after + 1, (record.offset, after)
         assert record.event.startswith(record.key), record
         after = record.offset
@@ -91,7 +91,7 @@ def _taken_up(folder: Path) -> dict[int, str]:
     """What the log holds (offset → key) once a new writer took up where the last one was killed."""
     log = SqliteLog(folder, [TOPIC])
     log.append(TOPIC, "after", "after")
-    kept = {record.offset: record.key for record in log.read(TOPIC, 0, 10**9)}
+    kept = {record.offset: record.key for record in log.read(TOPIC, {}, 10**9)}
     log.close()
     return kept
 

@@ -479,7 +479,7 @@ def test_a_kill_at_any_step_ships_exactly_once(world: World, monkeypatch: pytest
         assert len(world.trainer.calls) == 1
     assert set(world.steps("f1")) == {"joined", "in_reward_model", "in_update", "in_version"}
     assert world.report()["feedback"]["by_status"] == {"joined": 4}
-    mirrored = [Release.model_validate_json(record.event) for record in world.log.read(RELEASES, 0, 100)]
+    mirrored = [Release.model_validate_json(record.event) for record in world.log.read(RELEASES, {}, 100)]
     assert [change.generation for one in mirrored for change in one.changes] == [1]
 
 
@@ -607,7 +607,7 @@ def test_every_change_of_the_release_is_mirrored_once(world: World):
     world.new_learner()
     world.store.change("rollback", "operator", reason="people frown")
     world.run()
-    mirrored = [Release.model_validate_json(record.event) for record in world.log.read(RELEASES, 0, 100)]
+    mirrored = [Release.model_validate_json(record.event) for record in world.log.read(RELEASES, {}, 100)]
     changes = [(change.generation, change.action, change.by) for one in mirrored for change in one.changes]
     assert changes == [
         (1, "promote", "learner"),

@@ -86,7 +86,7 @@ class Running:
 
     def exchanges(self) -> list[Exchange]:
         log = open_log(self.config.feedback, writes=())
-        events = [parse_event(record.event) for record in log.read(EXCHANGES, 0, 1000)]
+        events = [parse_event(record.event) for record in log.read(EXCHANGES, {}, 1000)]
         log.close()
         return [event for event in events if isinstance(event, Exchange)]
 
@@ -200,7 +200,7 @@ def test_one_server_a_data_folder_one_a_port_and_a_full_disk_stops_no_chat(
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == Exit.DONE
     log = open_log(FeedbackConfig(data=data), writes=())
-    assert len(log.read(FEEDBACK, 0, 100)) == 2
+    assert len(log.read(FEEDBACK, {}, 100)) == 2
     log.close()
 
 

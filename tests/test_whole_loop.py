@@ -112,7 +112,7 @@ def test_thumbs_become_a_version_that_speaks(server: Served):
     assert report["feedback"]["by_kind"] == {"thumb": 120}
     assert report["liked"]["v0"]["count"] == 120
     with contextlib.closing(open_log(server.wiring.config.feedback, writes=())) as log:
-        [mirrored] = [Release.model_validate_json(record.event) for record in log.read(RELEASES, 0, 10)]
+        [mirrored] = [Release.model_validate_json(record.event) for record in log.read(RELEASES, {}, 10)]
     assert mirrored.current == 1
 
 

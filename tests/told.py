@@ -97,4 +97,4 @@ def _records(
     for event in events:
         topic = EXCHANGES if isinstance(event, Exchange) else FEEDBACK
         text = event if isinstance(event, str) else event.to_json()
-        yield Record(topic, next(numbers[topic]), "key", text)
+        yield Record(topic, topic, next(numbers[topic]), "key", text)
