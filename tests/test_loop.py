@@ -517,7 +517,7 @@ def test_a_log_that_is_away_is_waited_for(world: World, monkeypatch: pytest.Monk
 def test_a_log_that_ends_before_what_is_learned_is_refused(world: World, monkeypatch: pytest.MonkeyPatch):
     world.thumbs(4)
     world.run()
-    monkeypatch.setattr(SqliteLog, "end", lambda *_: 1)
+    monkeypatch.setattr(SqliteLog, "end", lambda _, topic: {topic: 1})
     with pytest.raises(LogUnavailable, match=r"restored from a copy.*--rebuild"):
         world.learner.intake.absorb()
 
