@@ -21,7 +21,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 UNBUILT: Mapping[str, str | None] = {
-    "kafka_bootstrap": None,
     "redis_url": None,
     "api_keys_file": None,
     "insecure": None,
@@ -38,8 +37,39 @@ class Settings(BaseModel):
     )
 
 
+class KafkaConfig(Settings):
+    """The log in Kafka, where there is one."""
+
+    kafka_bootstrap: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Kafka brokers, host:port, which then keep the log; none: it is kept in the data folder"
+    )
+    kafka_partitions: int = Field(
+        6, ge=1, le=1000, description="partitions that the topics of exchanges and feedback are made with where they are missing"
+    )
+    kafka_replication: int = Field(
+        0, ge=0, le=10, description="copies that the topics are made with where they are missing; 0: the broker's default"
+    )
+    kafka_deadline_s: float = Field(
+        2.0, ge=0.2, le=60, description="how long Kafka may take to keep an event before it goes to the outbox, seconds"
+    )
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how to talk to Kafka"
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "GSSAPI"] | None = Field(
+        None, description="how to log in to Kafka"
+    )
+    kafka_sasl_username: str | None = Field(None, min_length=1, description="name to log in to Kafka with")
+    kafka_sasl_password: str | None = Field(None, min_length=1, repr=False, description="password of that name")
+    kafka_ssl_cafile: Path | None = Field(None, description="file of the authorities that Kafka's certificate is checked with")
+    kafka_ssl_certfile: Path | None = Field(None, description="file of our own certificate for Kafka")
+    kafka_ssl_keyfile: Path | None = Field(None, description="file of that certificate's key")
+    kafka_ssl_password: str | None = Field(None, min_length=1, repr=False, description="password of that key")
+
+
 class FeedbackConfig(Settings):
     """Where everything is kept, and for whom."""
+
+    kafka: KafkaConfig = Field(default_factory=KafkaConfig)
 
     data: Path = Field(Path("heed-data"), description="folder of everything that this server and its learner keep")
     policy: str = Field(
@@ -57,6 +87,15 @@ class FeedbackConfig(Settings):
     join_wait_s: float = Field(
         86400, ge=0, le=31_536_000, description="how long feedback waits for its exchange before it is dropped, seconds"
     )
+    outbox_mb: int = Field(
+        1000,
+        ge=1,
+        le=1_000_000,
+        description="events of at most so many megabytes wait in the data folder while Kafka is away; then feedback is "
+        "refused, and exchanges are not kept",
+    )
+    log_keep_days: float = Field(0, ge=0, le=36_500, description="x")
+    log_keep_mb: int = Field(0, ge=0, le=1_000_000_000, description="x")
 
 
 class SettingError(Exception):

@@ -24,6 +24,10 @@ class LogUnavailable(Exception):
     """The log cannot be used now, e.g. because the disk is full: the event was not kept, and may be given again."""
 
 
+class EventTooLarge(LogUnavailable):
+    """The log takes no event of this size, now or later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One event as it lies in the log; `event` is its JSON, see feedback.events.parse_event."""
@@ -67,16 +71,28 @@ class Log(Protocol):
         """
         ...
 
+    def waiting(self) -> int:
+        """How many events wait in this process's outbox for a log that is away."""
+        ...
+
     def close(self) -> None:
         """Keep what was handed in, then let go of everything. A second call does nothing."""
         ...
 
 
-def open_log(config: FeedbackConfig, *, writes: Collection[str]) -> Log:
-    """The log of these settings, in the role of the one process that writes the topics `writes`.
+def open_log(config: FeedbackConfig, *, writes: Collection[str], outbox: bool = False) -> Log:
+    """The log of these settings, in the role of a process that writes the topics `writes`.
 
-    Raises LogUnavailable where another process writes one of them already, or the disk refuses.
+    With `outbox`, what Kafka does not take in time waits in the data folder, and follows later. Kafka need not be there.
+    Raises LogUnavailable where another process writes the same files already, or the disk refuses.
     """
-    from feedback.sqlite_log import SqliteLog  # the one implementation so far; another is imported only when chosen
+    # each implementation is imported only where it is chosen
+    if config.kafka.kafka_bootstrap:
+        from feedback.kafka_log import KafkaLog
+        from feedback.outbox import Outbox
+
+        log = KafkaLog(config, writes)
+        return Outbox(log, config.data / "outbox", writes, config.outbox_mb * 1_000_000) if outbox else log
+    from feedback.sqlite_log import SqliteLog
 
     return SqliteLog(config.data / "log", writes)

@@ -69,6 +69,19 @@ class SqliteLog:
         rows = self._reader(topic).select("SELECT coalesce(max(offset), 0) FROM records", ())
         return {topic: int(rows[0][0])} if rows else {}
 
+    def held(self, topic: str) -> tuple[int, int]:
+        """How many records a topic has, and the characters of their keys and events. Raises LogUnavailable."""
+        rows = self._reader(topic).select("SELECT count(*), coalesce(sum(length(key) + length(event)), 0) FROM records", ())
+        return (int(rows[0][0]), int(rows[0][1])) if rows else (0, 0)
+
+    def discard(self, topic: str, through: Offset) -> None:
+        db = sqlite_file.open_writing(_path(self._folder, topic), synchronous="FULL")
+        db.execute("DELETE FROM records WHERE offset <= ?", (through,))
+        db.close()
+
+    def waiting(self) -> int:
+        return 0
+
     def close(self) -> None:
         with self._lock:
             for reader in self._readers.values():
