@@ -12,8 +12,12 @@ from feedback.kafka_reader import KafkaReader
 from feedback.kafka_writer import KafkaWriter
 from feedback.log import Offset, Offsets, Record
 
+PROTOCOL = (2, 4)
+"""The oldest Kafka that Heed speaks to, and the protocol it speaks to newer ones (4.x still does): without one named,
+each client's constructor would wait for a broker to ask, and leave open sockets behind where none answers."""
+
 BOOTSTRAP_MS = 1500
-"""A client's constructor waits so long for a broker; only the writer's thread and readers construct any."""
+"""A client's first call waits so long for a broker."""
 
 
 class KafkaLog:
@@ -67,6 +71,7 @@ def client_settings(config: KafkaConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "bootstrap_servers": list(config.kafka_bootstrap or ()),
         "client_id": "heed",
+        "api_version": PROTOCOL,
         "bootstrap_timeout_ms": BOOTSTRAP_MS,
         "request_timeout_ms": deadline_ms,
         "reconnect_backoff_max_ms": 1000,

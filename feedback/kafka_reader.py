@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
 from feedback.log import Offsets, Record
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 WAIT_MS = 1000
 """How long a read waits for records that are there, and an `end` for the broker."""
+LOOK_UP_S = 60.0
+"""Between two looks at which partitions there are."""
 AWAY_S = 1.0
 """After the broker did not answer: how long it counts as away before it is asked again."""
 
@@ -29,6 +32,9 @@ class KafkaReader:
         self._consumer: KafkaConsumer | None = None
         self._at: dict[str, int] = {}
         """Partition → the offset that the consumer goes on behind."""
+        self._partitions: dict[str, TopicPartition] = {}
+        """The topic's partitions by name, as they were when last looked up."""
+        self._looked_up = 0.0
         self._away_until = 0.0
         self._said = False
         self._lock = threading.Lock()
@@ -50,10 +56,9 @@ class KafkaReader:
             self._drop()
 
     def _read(self, consumer: KafkaConsumer, after: Offsets, max_events: int) -> list[Record]:
-        partitions = self._partitions(consumer)
-        if not partitions:
+        if not self._partitions:
             return []
-        for name, partition in partitions.items():
+        for name, partition in self._partitions.items():
             if self._at.get(name) != after.get(name, 0):
                 consumer.seek(partition, after.get(name, 0))
                 self._at[name] = after.get(name, 0)
@@ -63,18 +68,23 @@ class KafkaReader:
         return records
 
     def _end(self, consumer: KafkaConsumer) -> Offsets:
-        names = {partition: name for name, partition in self._partitions(consumer).items()}
+        names = {partition: name for name, partition in self._partitions.items()}
         ends = consumer.end_offsets(list(names), timeout_ms=WAIT_MS) if names else {}
         return {names[partition]: end for partition, end in ends.items()}
 
-    def _partitions(self, consumer: KafkaConsumer) -> dict[str, TopicPartition]:
-        """The topic's partitions by name, all of them assigned to the consumer."""
-        numbers = sorted(consumer.partitions_for_topic(self._topic) or ())
-        partitions = {f"{self._topic}/{number}": TopicPartition(self._topic, number) for number in numbers}
-        if consumer.assignment() != set(partitions.values()):
-            consumer.assign(list(partitions.values()))
+    def _look_up(self, consumer: KafkaConsumer) -> None:
+        """Have all the topic's partitions assigned to the consumer. They may become more."""
+        if self._partitions and time.monotonic() - self._looked_up < LOOK_UP_S:
+            return
+        # the consumer's own way would wait for a broker for ever, and make a topic that is missing
+        with contextlib.closing(KafkaAdminClient(**self._client)) as admin:
+            [topic] = admin.describe_topics([self._topic])
+        numbers = sorted(each["partition_index"] for each in topic["partitions"])
+        self._partitions = {f"{self._topic}/{number}": TopicPartition(self._topic, number) for number in numbers}
+        self._looked_up = time.monotonic()
+        if consumer.assignment() != set(self._partitions.values()):
+            consumer.assign(list(self._partitions.values()))
             self._at = {}
-        return partitions
 
     def _record(self, one: Any) -> Record:
         """What another hand wrote may be anything; whoever parses it will say so."""
@@ -86,7 +96,9 @@ class KafkaReader:
         if time.monotonic() < self._away_until:
             return None
         try:
-            answer = question(self._opened())
+            consumer = self._opened()
+            self._look_up(consumer)
+            answer = question(consumer)
         except (KafkaError, OSError) as error:
             self._drop()
             self._away_until = time.monotonic() + AWAY_S
@@ -108,7 +120,7 @@ class KafkaReader:
                 fetch_max_wait_ms=100,
                 allow_auto_create_topics=False,
             )
-            self._at = {}
+            self._at, self._partitions = {}, {}
         return self._consumer
 
     def _drop(self) -> None:

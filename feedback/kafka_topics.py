@@ -11,7 +11,7 @@ from typing import Any
 
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
-from kafka.errors import TopicAlreadyExistsError
+from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from feedback.config import FeedbackConfig
 from feedback.events import RELEASES
@@ -44,20 +44,29 @@ def topic_settings(topic: str, config: FeedbackConfig) -> dict[str, str]:
 
 
 def prepare_topics(admin: KafkaAdminClient, topics: Collection[str], config: FeedbackConfig) -> dict[str, int]:
-    """Make the topics that are missing, report those that are otherwise; topic → bytes of the largest event it takes.
+    """Make the topics that are missing, report those that are otherwise; topic → bytes of the largest event it takes, where known.
 
     Raises kafka.errors.KafkaError.
     """
     there = {topic["name"]: topic for topic in admin.describe_topics(sorted(topics)) if not topic["error_code"]}
     for topic in sorted(topics - there.keys()):
         _make(admin, topic, config)
-    found = admin.describe_configs(
-        [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in sorted(topics)], config_filter="all"
-    )["topic"]
-    for topic in sorted(there):
+    found = _described(admin, topics)
+    for topic in sorted(found.keys() & there.keys()):
         for difference in _differences(topic, there[topic], found[topic], config):
             logger.warning("Kafka's topic %s was made with other settings, which stay as they are: %s", topic, difference)
-    return {topic: int(found[topic]["max.message.bytes"]["value"]) for topic in topics}
+    return {topic: int(settings["max.message.bytes"]["value"]) for topic, settings in found.items()}
+
+
+def _described(admin: KafkaAdminClient, topics: Collection[str]) -> Mapping[str, Json]:
+    """Topic → its settings; none where we may not look at them, which is no reason not to write."""
+    wanted = [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in sorted(topics)]
+    try:
+        described: Mapping[str, Json] = admin.describe_configs(wanted, config_filter="all")["topic"]
+    except KafkaError as error:
+        logger.warning("cannot compare the settings of Kafka's topics with ours: %s", error)
+        return {}
+    return described
 
 
 def _make(admin: KafkaAdminClient, topic: str, config: FeedbackConfig) -> None:

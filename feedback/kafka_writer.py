@@ -13,9 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
@@ -28,20 +27,39 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.1
 """Between two looks at whether what is on its way gets on."""
-LINGER_MS = 2
+GATHER_S = 0.001
+"""The thread lets events gather so long: waking up for each of them would cost more than sending it."""
+LINGER_MS = 1
 BATCH_BYTES = 256 * 2**10
+PATIENCE = 4
+"""Deadlines that an event may wait while others get on."""
 OVERHEAD = 200
 """Bytes that Kafka adds to an event at most."""
 _TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
-class _Entry(NamedTuple):
-    topic: str
-    key: bytes
-    event: bytes
-    at: float
-    """time.monotonic() when it was handed in."""
-    kept: Future[Offset]
+class _Entry(Future[Offset]):
+    """One event on its way. Whoever takes it out of `flying` answers it: the producer's thread, or give_up."""
+
+    def __init__(self, topic: str, key: bytes, event: bytes) -> None:
+        super().__init__()
+        self.topic = topic
+        self.key = key
+        self.event = event
+        self.at = time.monotonic()
+        self.flight: _Flight | None = None
+
+    def acknowledged(self, metadata: Any) -> None:
+        assert self.flight is not None
+        self.flight.heard = time.monotonic()
+        if self.flight.flying.pop(self, False) is None:
+            self.set_result(metadata.offset + 1)
+
+    def failed(self, error: BaseException) -> None:
+        assert self.flight is not None
+        if isinstance(error, _TOO_LARGE) and self.flight.flying.pop(self, False) is None:
+            self.set_exception(EventTooLarge(f"Kafka's topic {self.topic} does not take it: {error}"))
+        self.flight.failure = self.flight.failure or error
 
 
 class KafkaWriter:
@@ -53,8 +71,8 @@ class KafkaWriter:
         self._config = config
         self._client = client
         self._deadline_s = config.kafka.kafka_deadline_s
-        self._limits: dict[str, int] = {}
-        """Topic → bytes of the largest event it takes; known once the topics were looked at."""
+        self._limits: dict[str, int] | None = None
+        """Topic → bytes of the largest event it takes; None: the topics are to be looked at."""
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
@@ -65,16 +83,16 @@ class KafkaWriter:
 
     def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
         """See feedback.log.Log; within about twice the deadline the future has an answer."""
-        entry = _Entry(topic, key.encode(), event.encode(), time.monotonic(), Future())
-        size, most = len(entry.event) + len(entry.key) + OVERHEAD, self._limits.get(topic, MAX_EVENT_BYTES)
+        entry = _Entry(topic, key.encode(), event.encode())
+        size, most = len(entry.event) + len(entry.key) + OVERHEAD, (self._limits or {}).get(topic, MAX_EVENT_BYTES)
         if size > most:
             raise EventTooLarge(f"an event of {size} bytes is larger than Kafka's topic {topic} takes ({most})")
-        entry.kept.set_running_or_notify_cancel()  # from here on it cannot be cancelled: it will be kept
+        entry.set_running_or_notify_cancel()  # from here on it cannot be cancelled: it will be kept
         with self._closing:
             if self._closed:
                 raise LogUnavailable(f"the log is closed: the event for {topic} was not kept")
             self._queue.put(entry)
-        return entry.kept
+        return entry
 
     def close(self) -> None:
         with self._closing:
@@ -106,6 +124,7 @@ class KafkaWriter:
         batch: list[_Entry] = []
         try:
             entry = self._queue.get(timeout=LOOK_S if self._flight is not None and self._flight.flying else None)
+            time.sleep(GATHER_S)
             while entry is not None:
                 batch.append(entry)
                 entry = self._queue.get_nowait()
@@ -118,7 +137,7 @@ class KafkaWriter:
             flight = self._flight or self._take_off()
         except Exception as error:  # whatever it is, those who wait must hear of it
             for entry in batch:
-                entry.kept.set_exception(_unavailable(error))
+                entry.set_exception(_unavailable(error))
             self._say(error)
             return
         for entry in batch:
@@ -126,7 +145,7 @@ class KafkaWriter:
 
     def _take_off(self) -> _Flight:
         """A new producer, once the topics are as they should be. Raises what Kafka's clients raise."""
-        if not self._limits:
+        if self._limits is None:
             admin = KafkaAdminClient(**self._client)
             try:
                 self._limits = prepare_topics(admin, self.topics, self._config)
@@ -156,8 +175,7 @@ class KafkaWriter:
         if flight is None:
             return
         oldest = flight.oldest()
-        late = oldest is not None and time.monotonic() - oldest.at > self._deadline_s
-        if late and flight.failure is None:
+        if oldest is not None and flight.failure is None and self._late(oldest, flight):
             flight.failure = TimeoutError(f"no acknowledgement within {self._deadline_s:g} s")
         if flight.failure is None:
             if self._said and oldest is None:
@@ -165,10 +183,17 @@ class KafkaWriter:
                 logger.info("Kafka takes events again")
             return
         self._flight = None
-        self._limits = {}  # the operator may have changed the topics: look again
+        self._limits = None  # the operator may have changed the topics: look again
         flight.give_up()
         self._say(flight.failure)
-        threading.Thread(target=flight.retire, args=(2 * self._deadline_s,), name="heed-kafka-retire", daemon=True).start()
+        flight.retire(0)
+
+    def _late(self, oldest: _Entry, flight: _Flight) -> bool:
+        """Whether nothing gets on; or something does, while the oldest waits and waits, say for a leader."""
+        now = time.monotonic()
+        waits_s = now - oldest.at
+        stands = now - flight.heard > self._deadline_s
+        return waits_s > self._deadline_s and (stands or waits_s > PATIENCE * self._deadline_s)
 
     def _say(self, error: BaseException) -> None:
         if not self._said:
@@ -182,55 +207,43 @@ class _Flight:
     def __init__(self, producer: KafkaProducer) -> None:
         self._send: Callable[..., Any] = producer.send
         self._producer = producer
-        self._sent = 0
-        self.flying: dict[int, _Entry] = {}
-        """In the order in which they were sent. Whoever pops an entry answers it: the producer's thread, or give_up."""
+        self.flying: dict[_Entry, None] = {}
+        """In the order in which they were sent."""
+        self.heard = 0.0
+        """When an event was last acknowledged (time.monotonic())."""
         self.failure: BaseException | None = None
 
     def send(self, entry: _Entry) -> None:
-        number = self._sent = self._sent + 1
-        self.flying[number] = entry
+        entry.flight = self
+        self.flying[entry] = None
         if self.failure is not None:  # none of those behind a failed one may overtake it
             return
         try:
             sent = self._send(entry.topic, entry.event, entry.key)
         except Exception as error:
-            self._failed(number, error)
+            entry.failed(error)
             return
-        sent.add_callback(partial(self._kept, number))
-        sent.add_errback(partial(self._failed, number))
+        sent.add_callback(entry.acknowledged)
+        sent.add_errback(entry.failed)
 
     def oldest(self) -> _Entry | None:
-        flying = list(self.flying.values())  # a copy: the producer's thread takes entries out meanwhile
+        flying = list(self.flying)  # a copy: the producer's thread takes entries out meanwhile
         return flying[0] if flying else None
 
     def give_up(self) -> None:
         """Tell everyone who waits that nobody knows."""
         assert self.failure is not None
-        for number in list(self.flying):
-            entry = self.flying.pop(number, None)
-            if entry is not None:
-                entry.kept.set_exception(_unavailable(self.failure))
+        for entry in list(self.flying):
+            if self.flying.pop(entry, False) is None:
+                entry.set_exception(_unavailable(self.failure))
 
     def retire(self, at_most_s: float) -> None:
-        """End the producer's threads. It may wait for what it still holds, until that has expired."""
+        """End the producer's threads, after so long whatever it still holds: it may look for a leader without a pause."""
         with contextlib.suppress(Exception):  # whatever it has to say, nobody waits for it any more
             self._producer.close(at_most_s)
             return
         self._producer._sender.force_close()  # close() gives up before it comes to this
         self._producer._closed = True
-
-    def _kept(self, number: int, metadata: Any) -> None:
-        entry = self.flying.pop(number, None)
-        if entry is not None:
-            entry.kept.set_result(metadata.offset + 1)
-
-    def _failed(self, number: int, error: BaseException) -> None:
-        if isinstance(error, _TOO_LARGE):
-            entry = self.flying.pop(number, None)
-            if entry is not None:
-                entry.kept.set_exception(EventTooLarge(f"Kafka's topic {entry.topic} does not take it: {error}"))
-        self.failure = self.failure or error
 
 
 def _unavailable(error: BaseException) -> LogUnavailable:

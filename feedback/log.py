@@ -57,7 +57,7 @@ class Log(Protocol):
         ...
 
     def read(self, topic: str, after: Offsets, max_events: int) -> list[Record]:
-        """At most `max_events` records that follow the offsets `after`, each partition's in order.
+        """At most `max_events` records that follow the offsets `after`, each partition's in order; fewer may come.
 
         Empty at the end, where nothing was ever written, and while the log cannot be reached for now.
         Raises LogUnavailable where waiting will not help, e.g. when the file is damaged.

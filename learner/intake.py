@@ -31,12 +31,14 @@ class Intake:
         """Take a batch of each topic in; true while there is more to read. Raises LogUnavailable."""
         more = False
         for topic in (EXCHANGES, FEEDBACK):
-            self.refuse_another_log(self.log.end(topic))
-            records = self.log.read(topic, self.state.offsets(), BATCH)
+            end = self.log.end(topic)
+            self.refuse_another_log(end)
+            records = self.log.read(topic, self.state.offsets(), BATCH) if self.lag(end) else []
             if records:
                 self.state.absorb(records, self.clock())
-            self.metrics.lag.labels(topic).set(self.lag(self.log.end(topic)))
-            more = more or len(records) == BATCH
+            lag = self.lag(end)
+            self.metrics.lag.labels(topic).set(lag)
+            more = more or lag > 0
         if self.exchanges_are_read():
             self.state.give_up_waiting(self.clock() - self.join_wait_s, self.clock())
         return more

@@ -87,8 +87,9 @@ def on_swap(wiring: Wiring, report: SwapReport) -> None:
 
 def _now(wiring: Wiring) -> Now:
     """What a scrape sees."""
+    outbox = wiring.log.waiting()
     if wiring.speaker is None:
-        return Now(ready=False, running=0, waiting=0, prompt_tokens=0, prefix_tokens=0, kv_usage=0.0, loaded={})
+        return Now(False, running=0, waiting=0, prompt_tokens=0, prefix_tokens=0, kv_usage=0.0, loaded={}, outbox=outbox)
     engine, release = wiring.speaker.engine, wiring.release()
     stats = engine.stats()
     return Now(
@@ -99,6 +100,7 @@ def _now(wiring: Wiring) -> Now:
         prefix_tokens=stats.prefix_tokens,
         kv_usage=stats.kv_used / stats.kv_capacity,
         loaded={version: role_of(version, release) for version in engine.loaded()},
+        outbox=outbox,
     )
 
 

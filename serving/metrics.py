@@ -111,6 +111,8 @@ class Now:
     """Share of the key/value rows' room that is in use, 0 to 1."""
     loaded: Mapping[int, str]
     """Version → its role."""
+    outbox: int = 0
+    """Events that wait for a log that is away."""
 
 
 class _Watch(Collector):
@@ -129,6 +131,7 @@ class _Watch(Collector):
         yield GaugeMetricFamily("heed_running_requests", "Replies being generated.", value=now.running)
         yield GaugeMetricFamily("heed_waiting_requests", "Replies waiting for a row.", value=now.waiting)
         yield GaugeMetricFamily("heed_kv_usage_ratio", "Share of the key/value room in use.", value=now.kv_usage)
+        yield GaugeMetricFamily("heed_outbox_events", "Events that wait for a log that is away.", value=now.outbox)
         prefix = CounterMetricFamily(
             "heed_prefix_tokens", "Prompt tokens that an earlier prompt had read (hit), or not.", labels=["hit"]
         )

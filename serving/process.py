@@ -237,7 +237,7 @@ def _application(config: ServingConfig) -> Iterator[FastAPI]:
     feedback = config.feedback
     try:
         ids = Ids(load_secret(feedback))
-        log = open_log(feedback, writes=(EXCHANGES, FEEDBACK))
+        log = open_log(feedback, writes=(EXCHANGES, FEEDBACK), outbox=True)
     except (OSError, ValueError, LogUnavailable) as error:
         raise CannotStart(Exit.DATA, f"{error} (HEED_DATA={feedback.data})") from error
     with contextlib.closing(log), contextlib.closing(open_board(feedback, "server")) as board:

@@ -13,8 +13,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from kafka import KafkaAdminClient
 
 IMAGE = "apache/kafka:4.1.0"
 CLUSTER = "MkU3OEVBNTcwNTJENDM2Qg"
@@ -24,10 +26,11 @@ SETTINGS = """
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}
+listeners=CLIENTS://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}{inner}
+advertised.listeners=CLIENTS://127.0.0.1:{advertised}{inner}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name={between}
+listener.security.protocol.map=CLIENTS:{protocol},CONTROLLER:PLAINTEXT,INNER:PLAINTEXT
 log.dirs={folder}/logs
 offsets.topic.replication.factor=1
 offsets.topic.num.partitions=1
@@ -40,6 +43,10 @@ broker.session.timeout.ms=2000
 broker.heartbeat.interval.ms=500
 controller.quorum.election.timeout.ms=300
 controller.quorum.fetch.timeout.ms=600
+"""
+LOGIN = """
+sasl.enabled.mechanisms=PLAIN
+listener.name.clients.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required {users};
 """
 
 
@@ -62,15 +69,27 @@ def free_port() -> int:
 class Broker:
     """One node, with its data in `folder`."""
 
-    def __init__(self, folder: Path, advertised: int | None = None) -> None:
-        """`advertised`: the port that clients are sent to, where that is a relay in front of the broker's own."""
+    def __init__(self, folder: Path, advertised: int | None = None, users: Mapping[str, str] | None = None) -> None:
+        """`advertised`: the port that clients are sent to, where that is a relay in front of the broker's own.
+
+        `users`: names and passwords of those who may log in, by SASL's PLAIN; none: nobody needs to.
+        """
         self.folder = folder
         self.port, self._controller = free_port(), free_port()
         self.bootstrap = f"127.0.0.1:{advertised or self.port}"
         folder.mkdir(parents=True)
         settings = SETTINGS.format(
-            port=self.port, controller=self._controller, folder=folder, advertised=advertised or self.port
+            port=self.port,
+            controller=self._controller,
+            folder=folder,
+            advertised=advertised or self.port,
+            protocol="SASL_PLAINTEXT" if users else "PLAINTEXT",
+            between="INNER" if users else "CLIENTS",
+            inner=f",INNER://127.0.0.1:{free_port()}" if users else "",
         )
+        if users:
+            settings += LOGIN.format(users=" ".join(f'user_{name}="{word}"' for name, word in users.items()))
+        self._open = not users
         (folder / "server.properties").write_text(settings)
         self._process: subprocess.Popen[bytes] | None = None
         libs = os.environ.get("KAFKA_LIBS")
@@ -85,6 +104,15 @@ class Broker:
                 subprocess.run([*self._java, *map(str, form)], stdout=out, stderr=out, check=True)
             self._process = subprocess.Popen(self._command(), stdout=out, stderr=out, start_new_session=True)
         self._wait_until_it_answers()
+
+    def empty(self) -> None:
+        """Delete every topic."""
+        with self._admin() as admin:
+            topics = [topic for topic in admin.list_topics() if not topic.startswith("__")]
+            if topics:
+                admin.delete_topics(topics)
+            while set(topics) & set(admin.list_topics()):
+                time.sleep(0.02)
 
     def kill(self) -> None:
         """SIGKILL: as the power going."""
@@ -119,28 +147,31 @@ class Broker:
         self._process = None
 
     def _wait_until_it_answers(self) -> None:
-        from kafka import KafkaAdminClient
-        from kafka.errors import KafkaError
-
         give_up = time.monotonic() + START_S
         while True:
             assert self._process is not None
             try:
-                admin = KafkaAdminClient(bootstrap_servers=f"127.0.0.1:{self.port}", bootstrap_timeout_ms=1000)
-                admin.list_topics()
-                admin.close()
-                return
-            except (KafkaError, OSError, ValueError) as error:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                break
+            except OSError as error:
                 said = (self.folder / "broker.log").read_text(errors="replace")[-2000:]
                 assert self._process.poll() is None, f"the broker ended: {said}"
                 assert time.monotonic() < give_up, f"the broker does not answer ({error}): {said}"
             time.sleep(0.1)
+        if self._open:
+            with self._admin() as admin:
+                admin.list_topics()
+
+    def _admin(self) -> contextlib.closing[KafkaAdminClient]:
+        return contextlib.closing(KafkaAdminClient(bootstrap_servers=f"127.0.0.1:{self.port}"))
 
 
 @contextlib.contextmanager
-def broker(folder: Path, advertised: int | None = None) -> Iterator[Broker]:
+def broker(
+    folder: Path, advertised: int | None = None, users: Mapping[str, str] | None = None
+) -> Iterator[Broker]:
     """A broker that runs until the block ends, whatever was done to it."""
-    one = Broker(folder, advertised)
+    one = Broker(folder, advertised, users)
     one.start()
     try:
         yield one

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from tests.broker import Broker
+    from tests.mock_kafka import MockCluster
     from tests.served import Served
 
 
@@ -38,3 +40,35 @@ def serve_with(tmp_path: Path, model_folder: Path) -> Iterator[Callable[..., Ser
 def server(serve_with: Callable[..., Served]) -> Served:
     """A server as most tests want it."""
     return serve_with()
+
+
+@pytest.fixture(scope="session")
+def session_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """A real Kafka broker, started once; only `kafka` and those who kill it should ask for it."""
+    from tests.broker import broker, why_not
+
+    why = why_not()
+    if why is not None:
+        pytest.skip(why)
+    with broker(tmp_path_factory.mktemp("kafka") / "broker") as one:
+        yield one
+
+
+@pytest.fixture
+def kafka(session_broker: Broker) -> Broker:
+    """The broker, without any topics."""
+    session_broker.empty()
+    return session_broker
+
+
+@pytest.fixture
+def mock_kafka() -> Iterator[MockCluster]:
+    """A cluster that can be made to fail, with the topics that a test may write."""
+    from feedback.events import TOPICS
+    from tests.kafka_logs import PARTITIONS
+    from tests.mock_kafka import mock_cluster
+
+    with mock_cluster() as cluster:
+        for topic in TOPICS:
+            cluster.topic(topic, PARTITIONS)
+        yield cluster

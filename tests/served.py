@@ -112,6 +112,9 @@ class TroubledLog:
     def end(self, topic: str) -> Offsets:
         return self._log.end(topic)
 
+    def waiting(self) -> int:
+        return self._log.waiting()
+
     def close(self) -> None:
         self._log.close()
 
@@ -178,7 +181,7 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     """Serve on a free port until the block ends. `log` may put a log of its own around the real one."""
     feedback = config.feedback
     feedback.data.mkdir(parents=True, exist_ok=True)
-    real = open_log(feedback, writes=(EXCHANGES, FEEDBACK))
+    real = open_log(feedback, writes=(EXCHANGES, FEEDBACK), outbox=True)
     board = open_board(feedback, "server")
     store = AdapterStore(config.adapter_root, feedback.policy)
     app = create_app(config, ids=Ids(load_secret(feedback)), log=log(real), board=board, store=store)
