@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Collection
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ class KafkaLog:
 
     def __init__(self, config: FeedbackConfig, writes: Collection[str], **client: Any) -> None:
         """`client`: more settings for kafka-python's clients, e.g. an api_version. Returns at once, Kafka or not."""
+        logging.getLogger("kafka").setLevel(logging.CRITICAL)  # many lines a second while a broker is away; we say it once
         self._client = client_settings(config.kafka) | client
         self._writer = KafkaWriter(config, writes, self._client) if writes else None
         self._readers: dict[str, KafkaReader] = {}

@@ -106,7 +106,7 @@ class KafkaWriter:
         try:
             self._take_off()  # so that the topics are there for those who read, and the first event need not wait
         except Exception as error:
-            self._say(error)
+            self._say(self._why(error))
         more = True
         while more:
             batch, more = self._next_batch()
@@ -136,9 +136,10 @@ class KafkaWriter:
         try:
             flight = self._flight or self._take_off()
         except Exception as error:  # whatever it is, those who wait must hear of it
+            why = self._why(error)
             for entry in batch:
-                entry.set_exception(_unavailable(error))
-            self._say(error)
+                entry.set_exception(_unavailable(why, error))
+            self._say(why)
             return
         for entry in batch:
             flight.send(entry)
@@ -163,7 +164,7 @@ class KafkaWriter:
                 max_request_size=MAX_EVENT_BYTES,
                 metrics_enabled=False,
                 max_block_ms=deadline_ms,
-                delivery_timeout_ms=2 * deadline_ms,  # ours comes first
+                delivery_timeout_ms=(PATIENCE + 1) * deadline_ms,  # ours comes first
                 allow_auto_create_topics=False,
             )
         )
@@ -178,14 +179,14 @@ class KafkaWriter:
         if oldest is not None and flight.failure is None and self._late(oldest, flight):
             flight.failure = TimeoutError(f"no acknowledgement within {self._deadline_s:g} s")
         if flight.failure is None:
-            if self._said and oldest is None:
+            if self._said and flight.heard:
                 self._said = False
                 logger.info("Kafka takes events again")
             return
         self._flight = None
         self._limits = None  # the operator may have changed the topics: look again
         flight.give_up()
-        self._say(flight.failure)
+        self._say(self._why(flight.failure))
         flight.retire(0)
 
     def _late(self, oldest: _Entry, flight: _Flight) -> bool:
@@ -195,9 +196,14 @@ class KafkaWriter:
         stands = now - flight.heard > self._deadline_s
         return waits_s > self._deadline_s and (stands or waits_s > PATIENCE * self._deadline_s)
 
-    def _say(self, error: BaseException) -> None:
+    def _why(self, error: BaseException) -> str:
+        """What is wrong, and what may be behind it: a broker that refuses a login only hangs up."""
+        login = self._config.kafka.kafka_security_protocol != "PLAINTEXT"
+        return f"{error}; is the login right (HEED_KAFKA_SASL_*, HEED_KAFKA_SSL_*)?" if login else str(error)
+
+    def _say(self, why: str) -> None:
         if not self._said:
-            logger.warning("Kafka takes no events (%s): trying again with each that comes", error)
+            logger.warning("Kafka takes no events (%s): trying again with each that comes", why)
         self._said = True
 
 
@@ -235,7 +241,7 @@ class _Flight:
         assert self.failure is not None
         for entry in list(self.flying):
             if self.flying.pop(entry, False) is None:
-                entry.set_exception(_unavailable(self.failure))
+                entry.set_exception(_unavailable(str(self.failure), self.failure))
 
     def retire(self, at_most_s: float) -> None:
         """End the producer's threads, after so long whatever it still holds: it may look for a leader without a pause."""
@@ -246,7 +252,7 @@ class _Flight:
         self._producer._closed = True
 
 
-def _unavailable(error: BaseException) -> LogUnavailable:
-    failure = LogUnavailable(f"Kafka did not say that it was kept: {error}")
+def _unavailable(why: str, error: BaseException) -> LogUnavailable:
+    failure = LogUnavailable(f"Kafka did not say that it was kept: {why}")
     failure.__cause__ = error
     return failure

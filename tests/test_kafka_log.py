@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -269,11 +270,11 @@ def test_none_overtakes_one_that_failed(open_played: Opened, mock_kafka: MockClu
     log.append(FEEDBACK, "key", "first")
     mock_kafka.fail_next(played.PRODUCE, *[played.NOT_AUTHORIZED] * 3)
     futures = []
-    for number in range(50):
+    for number in range(100):
         futures.append(log.submit(FEEDBACK, "key", str(number)))
-        time.sleep(0.003)  # so that several requests are on their way
+        time.sleep(0.01)  # so that several requests are on their way
     kept = [number for number, future in enumerate(futures) if future.exception() is None]
-    assert 0 < len(kept) < 50
+    assert 0 < len(kept) < 100
     read = [int(record.event) for record in read_all(log, FEEDBACK, 1 + len(kept))[1:]]
     assert read == kept, "in the order in which they were handed in"
 
@@ -368,7 +369,8 @@ def test_brokers_that_go_down_and_come_up_leave_no_threads_and_no_files(
         for number in (1, 2, 3):
             mock_kafka.up(number)
         until(lambda: appended(log))
-    until(lambda: held()[0] <= before[0] + 4 and held()[1] <= before[1] + 12)
+    gc.collect()  # kafka-python leaves sockets that were refused to the garbage collector
+    until(lambda: held()[0] <= before[0] + 2 and held()[1] <= before[1] + 10 or print(before, held(), [t.name for t in threading.enumerate()]))
 
 
 # Settings
@@ -412,7 +414,7 @@ def test_a_broker_that_asks_for_a_password_is_given_it(tmp_path: Path) -> None:
         assert len(read_all(known, FEEDBACK, 1)) == 1
         known.close()
         stranger = kafka_log(one, [FEEDBACK], **login, kafka_sasl_username="heed", kafka_sasl_password="guessed")
-        with pytest.raises(LogUnavailable, match="(?i)authentication"):
+        with pytest.raises(LogUnavailable, match=r"is the login right \(HEED_KAFKA_SASL_\*"):
             stranger.append(FEEDBACK, "key", "{}")
         assert stranger.read(FEEDBACK, {}, 10) == []
         stranger.close()
