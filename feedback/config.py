@@ -57,6 +57,16 @@ class FeedbackConfig(Settings):
     join_wait_s: float = Field(
         86400, ge=0, le=31_536_000, description="how long feedback waits for its exchange before it is dropped, seconds"
     )
+    log_keep_days: float = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="days that events stay in the log; 0: for ever. A learner that is further behind, or made anew, sees only "
+        "what is kept",
+    )
+    log_keep_mb: int = Field(
+        0, ge=0, le=1_000_000_000, description="megabytes of a topic that stay in the log, the newest; 0: all"
+    )
 
 
 class SettingError(Exception):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from feedback.config import FeedbackConfig
+from feedback.keeping import Keep
 
 Offset = int
 """Position of a record in its partition; the first is 1, and they grow."""
@@ -79,4 +80,4 @@ def open_log(config: FeedbackConfig, *, writes: Collection[str]) -> Log:
     """
     from feedback.sqlite_log import SqliteLog  # the one implementation so far; another is imported only when chosen
 
-    return SqliteLog(config.data / "log", writes)
+    return SqliteLog(config.data / "log", writes, Keep.of(config.log_keep_days, config.log_keep_mb))

@@ -150,7 +150,7 @@ def test_a_second_learner_waits_says_for_whom_and_takes_over(start: Start):
     first = start()
     first.wait_for("learning for policy default")
     second = start()
-    second.wait_for(f"the learner of this data folder is process {first.process.pid}")
+    second.wait_for(f"the learner of this data folder is process {first.process.pid} on {socket.gethostname()}")
     first.process.kill()
     first.ends()
     second.wait_for("learning for policy default")

@@ -123,15 +123,15 @@ def test_many_threads_get_offsets_without_gaps_and_keep_their_own_order(log: Sql
 def test_what_waits_is_written_in_one_transaction(log: SqliteLog, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     first_is_in, go_on = threading.Event(), threading.Event()
-    append = sqlite_log._TopicFile.append
+    write = sqlite_log._TopicFile.write
 
-    def slow_append(file: sqlite_log._TopicFile, entries: list[sqlite_log._Entry]) -> list[int]:
+    def slow_write(file: sqlite_log._TopicFile, entries: list[sqlite_log._Entry]) -> list[int]:
         batches.append(len(entries))
         first_is_in.set()
         go_on.wait(10)
-        return append(file, entries)
+        return write(file, entries)
 
-    monkeypatch.setattr(sqlite_log._TopicFile, "append", slow_append)
+    monkeypatch.setattr(sqlite_log._TopicFile, "write", slow_write)
     futures = [log.submit(FEEDBACK, "key", "0")]
     assert first_is_in.wait(10)
     futures += [log.submit(FEEDBACK, "key", str(number)) for number in range(1, 100)]
