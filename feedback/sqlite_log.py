@@ -281,7 +281,10 @@ class _TopicFile:
     def write(self, entries: Sequence[_Entry]) -> list[int]:
         """An offset for each event, for each discard how many went, once all is durable; or raises, and did none of it."""
         with self._transaction() as db:
-            return [_discard(db, entry.through) if entry.event is None else _insert(db, entry) for entry in entries]
+            numbers = [_discard(db, entry.through) if entry.event is None else _insert(db, entry) for entry in entries]
+        if any(entry.event is None for entry in entries):
+            _give_room_back(db)
+        return numbers
 
     def tidy(self, keep: Keep) -> int:
         """Let go of a slice of what is older, or more, than is kept, and say how many records went. Raises sqlite3.Error.
@@ -303,7 +306,9 @@ class _TopicFile:
         if not through:
             return 0
         with self._transaction() as db:
-            return _discard(db, through)
+            went = _discard(db, through)
+        _give_room_back(db)
+        return went
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -343,11 +348,15 @@ def _insert(db: sqlite3.Connection, entry: _Entry) -> Offset:
 def _discard(db: sqlite3.Connection, through: Offset) -> int:
     """Remove the oldest records, a slice at most, up to an offset, and say how many went."""
     oldest = "SELECT offset FROM records WHERE offset <= ? ORDER BY offset LIMIT ?"
-    went = db.execute(f"DELETE FROM records WHERE offset IN ({oldest})", (through, SLICE)).rowcount
+    return db.execute(f"DELETE FROM records WHERE offset IN ({oldest})", (through, SLICE)).rowcount
+
+
+def _give_room_back(db: sqlite3.Connection) -> None:
+    """Cut the file's end off where more than a tenth of it is free; what stays free is written again."""
     spare = _pragma(db, "freelist_count") - _pragma(db, "page_count") // 10
-    if spare > 0:  # what stays free is written again without growing the file
-        db.execute(f"PRAGMA incremental_vacuum({spare})").fetchall()
-    return went
+    if spare > 0:
+        with contextlib.suppress(sqlite3.OperationalError):  # e.g. a full disk: the next slice tries again
+            db.executescript(f"PRAGMA incremental_vacuum({spare})")  # `execute` would free a single page
 
 
 def _used(db: sqlite3.Connection) -> int:
