@@ -175,8 +175,8 @@ class Joiner:
         ids = self.opinions(feedback_id)
         for earlier, later in pairwise(ids):
             self.move(earlier, "superseded", f"by {later}")
-        if ids and self.moved_back(ids[-1]):
-            self.join_if_whole(ids[-1])
+        if ids:
+            self.count_again(ids[-1])
 
     def opinions(self, feedback_id: str) -> list[str]:
         """All opinions of that person on that reply and aspect, the last one last; none where it is no person's opinion.
@@ -202,13 +202,12 @@ class Joiner:
         if moved:
             self.tell(feedback_id, status, reason)
 
-    def moved_back(self, feedback_id: str) -> bool:
-        """Whether feedback was superseded, by something that is gone: it counts again, or waits."""
-        found = self.db.execute(
-            "UPDATE feedback SET status = 'pending', reason = NULL WHERE id = ? AND status = 'superseded'",
-            (feedback_id,),
-        ).rowcount
-        return found > 0
+    def count_again(self, feedback_id: str) -> None:
+        """Feedback that is the last opinion after all, where what superseded it is gone."""
+        superseded = "UPDATE feedback SET status = 'pending', reason = NULL WHERE id = ? AND status = 'superseded'"
+        if self.db.execute(superseded, (feedback_id,)).rowcount:
+            self.untell(feedback_id, "superseded")
+            self.join_if_whole(feedback_id)
 
     def join_if_whole(self, feedback_id: str) -> None:
         """Join feedback that waits, or was given up, once its exchanges are all there.
@@ -236,17 +235,19 @@ class Joiner:
         )
         if status == "dropped":
             self.count("late")
+            self.untell(feedback_id, "dropped")
         self.tell(feedback_id, "joined")
 
     def tell(self, feedback_id: str, status: str, reason: str | None = None) -> None:
         """Add a line to the feedback's story, which the board is told after the transaction."""
-        if status == "joined":  # what it was before no longer holds
-            ended = "status IN ('dropped', 'superseded')"
-            self.db.execute(f"DELETE FROM stories WHERE feedback_id = ? AND {ended}", (feedback_id,))
         self.db.execute(
             "INSERT OR REPLACE INTO stories (feedback_id, status, at, reason) VALUES (?, ?, ?, ?)",
             (feedback_id, status, self.now, reason),
         )
+
+    def untell(self, feedback_id: str, status: str) -> None:
+        """Take a line of the story back. The board, if it was told, sees that what was joined later counts again."""
+        self.db.execute("DELETE FROM stories WHERE feedback_id = ? AND status = ?", (feedback_id, status))
 
     def count(self, name: str, times: int = 1) -> None:
         """Count events that left no row of their own."""

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feedback import sqlite_log
+from feedback import sqlite_log, sqlite_topic
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, Exchange
 from feedback.keeping import DAY_S, EVERYTHING, Keep
@@ -149,7 +149,7 @@ def test_the_log_lets_go_of_the_oldest_of_what_is_too_much(tmp_path: Path):
 
 
 def test_without_a_bound_the_log_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sqlite_log._TopicFile, "tidy", lambda *_: pytest.fail("it tidies"))
+    monkeypatch.setattr(sqlite_topic.TopicFile, "tidy", lambda *_: pytest.fail("it tidies"))
     aged(tmp_path, [1e9] * 3)
     log = SqliteLog(tmp_path, [FEEDBACK])
     log.append(FEEDBACK, "key", "{}")
@@ -182,14 +182,14 @@ def test_appends_go_on_while_much_is_let_go_of(tmp_path: Path):
 def test_a_disk_that_refuses_stops_the_tidying_and_not_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    discard, faults = sqlite_log._discard, [sqlite3.OperationalError("disk I/O error")]
+    discard, faults = sqlite_topic._discard, [sqlite3.OperationalError("disk I/O error")]
 
     def refused(db: sqlite3.Connection, through: int) -> int:
         if faults:
             raise faults.pop()
         return discard(db, through)
 
-    monkeypatch.setattr(sqlite_log, "_discard", refused)
+    monkeypatch.setattr(sqlite_topic, "_discard", refused)
     aged(tmp_path, [7200.0, 0.0])
     log = SqliteLog(tmp_path, [FEEDBACK], HOUR)
     until(lambda: offsets(log) == [2])
