@@ -251,6 +251,19 @@ def test_an_exchange_on_which_feedback_may_still_come_stays_for_a_while(state: S
     assert len(state.judgements()) == 1
 
 
+def test_feedback_on_an_exchange_that_was_too_old_when_it_was_given_waits_in_vain_even_where_the_exchange_still_is(
+    state: State,
+):
+    """Else it would count where the exchange happened to stay, and a state made anew would be another one."""
+    state.absorb(records(exchange("r"), feedback("keeps it", "r", at=NOW + 3000)), NOW + 3000)
+    state.keep(NOW + 3601, grace_s=0)
+    state.absorb(records(feedback("f", "r", user="bob", at=NOW + 3601), first=3), NOW + 3601)
+    assert ids(state, "exchanges", "reply_id") == {"r"}
+    assert [judgement.feedback_id for judgement in state.judgements()] == ["keeps it"]
+    state.give_up_waiting(NOW + 4000, NOW + 4000)
+    assert dropped(state) == {"no_exchange": 1}
+
+
 def test_what_old_feedback_had_superseded_counts_again_and_a_younger_body_takes_its_place(state: State):
     """As if the old had never been said: by a clock that is wrong it may stand behind the young."""
     events = (exchange("r", at=NOW), feedback("young", "r", at=NOW + 50), feedback("old", "r", value=0, at=NOW))
@@ -301,7 +314,7 @@ def test_a_state_made_anew_is_the_one_that_let_go_as_time_went_by(
         if kind < 2:
             told.append(exchange(f"r{number}", at=at))
         elif kind < 5:
-            about = f"r{max(0, number - 4 * reply)}"
+            about = f"r{max(0, number - 6 * reply)}"
             told.append(feedback(f"f{number if said else number // 3}", about, value=said % 2, at=at))
         else:
             told.append(retraction(f"f{max(0, number - reply)}", at=at))
