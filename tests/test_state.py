@@ -245,8 +245,8 @@ def test_prompts_are_distinct_and_the_newest_come_first(state: State):
     state.absorb(records(*(exchange(f"r{at}", prompt_ids=prompt, at=NOW + at) for prompt, at in sent)), NOW)
     assert state.prompts(10) == [(3,), (1,), (2,)]
     assert state.prompts(2) == [(3,), (1,)]
-    state.absorb(records(exchange("r9", prompt_ids=(9,), at=NOW + 3), first=5), NOW)
-    assert state.prompts(2) == [(9,), (3,)]  # of the same time, by id
+    state.absorb(records(exchange("r9", prompt_ids=(0,), at=NOW + 3), first=5), NOW)
+    assert state.prompts(2) == [(0,), (3,)]  # of the same time, by id
 
 
 def test_liked_is_a_share_by_version_of_what_counts(state: State):
