@@ -39,9 +39,13 @@ class Story(NamedTuple):
 def furthest(history: Iterable[Story]) -> Status:
     """The one-word status: the furthest step reached.
 
-    No history is `accepted`: an id that proves itself was accepted, whatever the board has forgotten.
+    No history is `accepted`: an id that proves itself was accepted, whatever the board has forgotten. What was dropped or
+    superseded and joined after that, e.g. because its exchange came late, counts again.
     """
-    return max((step.status for step in history), key=STATUSES.index, default="accepted")
+    steps = list(history)
+    joined = max((step.at for step in steps if step.status == "joined"), default=0.0)
+    reached = (step.status for step in steps if step.at >= joined or step.status not in ("dropped", "superseded"))
+    return max(reached, key=STATUSES.index, default="accepted")
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,13 +41,21 @@ class KafkaConfig(Settings):
     """The log in Kafka, where there is one."""
 
     kafka_bootstrap: tuple[str, ...] | None = Field(
-        None, min_length=1, description="Kafka brokers, host:port, which then keep the log; none: it is kept in the data folder"
+        None,
+        min_length=1,
+        description="Kafka brokers, host:port, which then keep the log; none: it is kept in the data folder",
     )
     kafka_partitions: int = Field(
-        6, ge=1, le=1000, description="partitions that the topics of exchanges and feedback are made with where they are missing"
+        6,
+        ge=1,
+        le=1000,
+        description="partitions that the topics of exchanges and feedback are made with where they are missing",
     )
     kafka_replication: int = Field(
-        0, ge=0, le=10, description="copies that the topics are made with where they are missing; 0: the broker's default"
+        0,
+        ge=0,
+        le=10,
+        description="copies that the topics are made with where they are missing; 0: the broker's default",
     )
     kafka_deadline_s: float = Field(
         2.0, ge=0.2, le=60, description="how long Kafka may take to keep an event before it goes to the outbox, seconds"
@@ -60,7 +68,9 @@ class KafkaConfig(Settings):
     )
     kafka_sasl_username: str | None = Field(None, min_length=1, description="name to log in to Kafka with")
     kafka_sasl_password: str | None = Field(None, min_length=1, repr=False, description="password of that name")
-    kafka_ssl_cafile: Path | None = Field(None, description="file of the authorities that Kafka's certificate is checked with")
+    kafka_ssl_cafile: Path | None = Field(
+        None, description="file of the authorities that Kafka's certificate is checked with"
+    )
     kafka_ssl_certfile: Path | None = Field(None, description="file of our own certificate for Kafka")
     kafka_ssl_keyfile: Path | None = Field(None, description="file of that certificate's key")
     kafka_ssl_password: str | None = Field(None, min_length=1, repr=False, description="password of that key")
@@ -94,8 +104,16 @@ class FeedbackConfig(Settings):
         description="events of at most so many megabytes wait in the data folder while Kafka is away; then feedback is "
         "refused, and exchanges are not kept",
     )
-    log_keep_days: float = Field(0, ge=0, le=36_500, description="x")
-    log_keep_mb: int = Field(0, ge=0, le=1_000_000_000, description="x")
+    log_keep_days: float = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="days that events stay in the log; 0: for ever. A learner that is further behind, or made anew, sees only "
+        "what is kept",
+    )
+    log_keep_mb: int = Field(
+        0, ge=0, le=1_000_000_000, description="megabytes of a topic that stay in the log, the newest; 0: all"
+    )
 
 
 class SettingError(Exception):

@@ -30,7 +30,9 @@ class KafkaLog:
 
     def __init__(self, config: FeedbackConfig, writes: Collection[str], **client: Any) -> None:
         """`client`: more settings for kafka-python's clients, e.g. an api_version. Returns at once, Kafka or not."""
-        logging.getLogger("kafka").setLevel(logging.CRITICAL)  # many lines a second while a broker is away; we say it once
+        logging.getLogger("kafka").setLevel(
+            logging.CRITICAL
+        )  # many lines a second while a broker is away; we say it once
         self._client = client_settings(config.kafka) | client
         self._writer = KafkaWriter(config, writes, self._client) if writes else None
         self._readers: dict[str, KafkaReader] = {}

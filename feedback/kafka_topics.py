@@ -54,7 +54,9 @@ def prepare_topics(admin: KafkaAdminClient, topics: Collection[str], config: Fee
     found = _described(admin, topics)
     for topic in sorted(found.keys() & there.keys()):
         for difference in _differences(topic, there[topic], found[topic], config):
-            logger.warning("Kafka's topic %s was made with other settings, which stay as they are: %s", topic, difference)
+            logger.warning(
+                "Kafka's topic %s was made with other settings, which stay as they are: %s", topic, difference
+            )
     return {topic: int(settings["max.message.bytes"]["value"]) for topic, settings in found.items()}
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from feedback.config import FeedbackConfig
+from feedback.keeping import Keep
 
 Offset = int
 """Position of a record in its partition; the first is 1, and they grow."""
@@ -95,4 +96,4 @@ def open_log(config: FeedbackConfig, *, writes: Collection[str], outbox: bool = 
         return Outbox(log, config.data / "outbox", writes, config.outbox_mb * 1_000_000) if outbox else log
     from feedback.sqlite_log import SqliteLog
 
-    return SqliteLog(config.data / "log", writes)
+    return SqliteLog(config.data / "log", writes, Keep.of(config.log_keep_days, config.log_keep_mb))

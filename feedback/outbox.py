@@ -192,7 +192,9 @@ class _Lane:
             full = self._bytes + entry.size > self._max_bytes
             self.waiting += 1
             self._bytes += entry.size
-            boxed.append((entry, _full(self._max_bytes) if full else self._box.submit(self._topic, entry.key, entry.event)))
+            boxed.append(
+                (entry, _full(self._max_bytes) if full else self._box.submit(self._topic, entry.key, entry.event))
+            )
         self.more.set()
         return boxed
 
@@ -220,7 +222,9 @@ class _Lane:
 
 def _full(max_bytes: int) -> Future[Offset]:
     full: Future[Offset] = Future()
-    full.set_exception(LogUnavailable(f"the log is away, and the outbox is full ({max_bytes / 1e6:g} MB, HEED_OUTBOX_MB)"))
+    full.set_exception(
+        LogUnavailable(f"the log is away, and the outbox is full ({max_bytes / 1e6:g} MB, HEED_OUTBOX_MB)")
+    )
     return full
 
 

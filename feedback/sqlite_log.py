@@ -2,58 +2,50 @@
 
 The life of an event: `submit` queues it; the writer thread takes everything queued, writes it in one transaction a
 topic, and resolves the futures when SQLite has synced the WAL. Readers see a transaction only after that sync, so
-nothing that was read can be lost with the power.
+nothing that was read can be lost with the power. Between two batches the same thread lets go of what is not to be kept,
+a slice at a time, lest appends wait.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import sqlite3
 import threading
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from feedback import sqlite_file
+from feedback.keeping import EVERYTHING, Keep
 from feedback.log import LogUnavailable, Offset, Offsets, Record
+from feedback.sqlite_topic import SLICE, Entry, TopicFile, topic_path
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 1000
 """Events in one transaction: bounds how long the first of them waits for the last."""
 
-SCHEMA = """
-CREATE TABLE records (
-    offset INTEGER PRIMARY KEY AUTOINCREMENT,
-    key    TEXT NOT NULL,
-    at     REAL NOT NULL,
-    event  TEXT NOT NULL
-) STRICT;
-"""
+TIDY_S = 60.0
+"""Between two looks at what is not to be kept any more."""
 
 
 class SqliteLog:
-    """The topics of one folder: those in `writes` are this process's to write, every topic can be read.
+    """The topics of one folder: those in `writes` are this process's to write and to `keep`, every topic can be read.
 
     Raises LogUnavailable where another process writes one of `writes`, or its file cannot be opened.
     """
 
-    def __init__(self, folder: Path, writes: Collection[str]) -> None:
+    def __init__(self, folder: Path, writes: Collection[str], keep: Keep = EVERYTHING) -> None:
         self._folder = folder
-        self._writer = _Writer(folder, writes) if writes else None
+        self._writer = _Writer(folder, writes, keep) if writes else None
         self._readers: dict[str, _Reader] = {}
         self._lock = threading.Lock()
 
     def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
-        if self._writer is None or topic not in self._writer.topics:
-            raise ValueError(f"this log was not opened to write {topic!r}: name it in `writes`")
-        return self._writer.submit(topic, key, event)
+        return self._writing(topic).submit(topic, key, event)
 
     def append(self, topic: str, key: str, event: str) -> Offset:
         return self.submit(topic, key, event).result()
@@ -66,18 +58,28 @@ class SqliteLog:
         return [Record(topic, topic, offset, key, event) for offset, key, event in rows]
 
     def end(self, topic: str) -> Offsets:
-        rows = self._reader(topic).select("SELECT coalesce(max(offset), 0) FROM records", ())
+        # not the last record's offset: that one may have been discarded
+        rows = self._reader(topic).select(
+            "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'records'", ()
+        )
         return {topic: int(rows[0][0])} if rows else {}
 
     def held(self, topic: str) -> tuple[int, int]:
         """How many records a topic has, and the characters of their keys and events. Raises LogUnavailable."""
-        rows = self._reader(topic).select("SELECT count(*), coalesce(sum(length(key) + length(event)), 0) FROM records", ())
+        rows = self._reader(topic).select(
+            "SELECT count(*), coalesce(sum(length(key) + length(event)), 0) FROM records", ()
+        )
         return (int(rows[0][0]), int(rows[0][1])) if rows else (0, 0)
 
     def discard(self, topic: str, through: Offset) -> None:
-        db = sqlite_file.open_writing(_path(self._folder, topic), synchronous="FULL")
-        db.execute("DELETE FROM records WHERE offset <= ?", (through,))
-        db.close()
+        """Remove every record up to the offset `through`; no offset is ever used again.
+
+        Returns once that is durable. A tenth of the file stays free for what comes, the rest goes back to the disk (of a
+        file made by an older Heed all stays free). Raises LogUnavailable, ValueError as `append` does.
+        """
+        writer = self._writing(topic)
+        while writer.discard(topic, through) == SLICE:
+            pass
 
     def waiting(self) -> int:
         return 0
@@ -89,10 +91,15 @@ class SqliteLog:
         if self._writer is not None:
             self._writer.close()  # last: whoever writes leaves the file checkpointed, and the WAL gone
 
+    def _writing(self, topic: str) -> _Writer:
+        if self._writer is None or topic not in self._writer.topics:
+            raise ValueError(f"this log was not opened to write {topic!r}: name it in `writes`")
+        return self._writer
+
     def _reader(self, topic: str) -> _Reader:
         with self._lock:
             if topic not in self._readers:
-                self._readers[topic] = _Reader(_path(self._folder, topic))
+                self._readers[topic] = _Reader(topic_path(self._folder, topic))
             return self._readers[topic]
 
 
@@ -138,38 +145,28 @@ class _Reader:
             self._db = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    topic: str
-    key: str
-    event: str
-    at: float
-    kept: Future[Offset] = field(default_factory=Future)
-
-
 class _Writer:
     """The one thread of this process that writes, and the locks that keep every other process from it."""
 
-    def __init__(self, folder: Path, topics: Collection[str]) -> None:
+    def __init__(self, folder: Path, topics: Collection[str], keep: Keep) -> None:
         self.topics = frozenset(topics)
-        self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
+        self._keep = keep
+        self._queue: SimpleQueue[Entry | None] = SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
         with contextlib.ExitStack() as opened:
-            self._files = {topic: opened.enter_context(_TopicFile(folder, topic)) for topic in sorted(topics)}
+            self._files = {topic: opened.enter_context(TopicFile(folder, topic)) for topic in sorted(topics)}
             self._opened = opened.pop_all()
         self._thread = threading.Thread(target=self._run, name="heed-log-writer", daemon=True)
         self._thread.start()
 
     def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
         (key + event).encode()  # text that is no UTF-8 would fail everyone's batch: it fails its own caller here
-        entry = _Entry(topic, key, event, time.time())
-        entry.kept.set_running_or_notify_cancel()  # from here on it cannot be cancelled: it will be kept
-        with self._closing:
-            if self._closed:
-                raise LogUnavailable(f"the log is closed: the event for {topic} was not kept")
-            self._queue.put(entry)
-        return entry.kept
+        return self._hand_in(Entry(topic, key, event, time.time()))
+
+    def discard(self, topic: str, through: Offset) -> int:
+        """Remove a slice of what is up to `through`, and say how many records went."""
+        return self._hand_in(Entry(topic, through=through)).result()
 
     def close(self) -> None:
         with self._closing:
@@ -180,121 +177,60 @@ class _Writer:
         self._thread.join()
         self._opened.close()
 
+    def _hand_in(self, entry: Entry) -> Future[int]:
+        entry.kept.set_running_or_notify_cancel()  # from here on it cannot be cancelled: it will be done
+        with self._closing:
+            if self._closed:
+                raise LogUnavailable(f"the log is closed: nothing more is written to {entry.topic}")
+            self._queue.put(entry)
+        return entry.kept
+
     def _run(self) -> None:
-        more = True
+        more, tidy_at = True, time.monotonic()
         while more:
-            batch, more = self._next_batch()
+            if time.monotonic() >= tidy_at and not self._tidy():
+                tidy_at = time.monotonic() + TIDY_S
+            batch, more = self._next_batch(tidy_at)
             for topic, file in self._files.items():
                 entries = [entry for entry in batch if entry.topic == topic]
                 if entries:
                     _keep(file, entries)
 
-    def _next_batch(self) -> tuple[list[_Entry], bool]:
-        """Everything queued (waits for the first), and whether more may follow."""
-        entry = self._queue.get()
-        batch: list[_Entry] = []
-        while entry is not None:
-            batch.append(entry)
-            if len(batch) == MAX_BATCH:
-                return batch, True
-            try:
+    def _next_batch(self, until: float) -> tuple[list[Entry], bool]:
+        """Everything queued (waits for the first, at most until a time), and whether more may follow."""
+        batch: list[Entry] = []
+        try:
+            entry = self._queue.get(timeout=max(0.0, until - time.monotonic()))
+            while entry is not None:
+                batch.append(entry)
+                if len(batch) == MAX_BATCH:
+                    return batch, True
                 entry = self._queue.get_nowait()
-            except Empty:
-                return batch, True
+        except Empty:
+            return batch, True
         return batch, False
 
+    def _tidy(self) -> bool:
+        """Let go of a slice of each topic that is older, or more, than is kept; true while there may be more of it."""
+        if self._keep == EVERYTHING:
+            return False
+        try:
+            return any(file.tidy(self._keep) == SLICE for file in self._files.values())
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("cannot remove what is not to be kept from the log (%s); trying again in a while", error)
+            return False
 
-def _keep(file: _TopicFile, entries: Sequence[_Entry]) -> None:
-    """Write a batch and tell everyone who waits: an offset each, or the same failure for all."""
+
+def _keep(file: TopicFile, entries: Sequence[Entry]) -> None:
+    """Write a batch and tell everyone who waits: a number each, or the same failure for all."""
     try:
-        offsets = file.append(entries)
+        numbers = file.write(entries)
     except Exception as error:  # whatever it is, those who wait must hear of it
         for entry in entries:
-            failure = LogUnavailable(f"cannot write the log {file.path}: {error}; the event was not kept")
+            so = "" if entry.event is None else "; the event was not kept"
+            failure = LogUnavailable(f"cannot write the log {file.path}: {error}{so}")
             failure.__cause__ = error
             entry.kept.set_exception(failure)
         return
-    for entry, offset in zip(entries, offsets, strict=True):
-        entry.kept.set_result(offset)
-
-
-class _TopicFile:
-    """One topic's file, ours to write while the lock beside it is held."""
-
-    def __init__(self, folder: Path, topic: str) -> None:
-        self.path = _path(folder, topic)
-        self._db: sqlite3.Connection | None = None
-        self._lock: int | None = None
-
-    def __enter__(self) -> _TopicFile:
-        try:
-            sqlite_file.make_folder(self.path.parent)
-            self._lock = _lock(self.path.with_suffix(".lock"))
-            sqlite_file.make(self.path, SCHEMA)
-            self._open().execute("SELECT max(offset) FROM records").fetchone()
-            self._sync_what_was_left()
-        except (sqlite3.Error, OSError) as error:
-            self.__exit__()
-            raise LogUnavailable(f"cannot open the log {self.path}: {error}") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._drop()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def append(self, entries: Sequence[_Entry]) -> list[Offset]:
-        """The entries' offsets, once all are durable; or raises, e.g. sqlite3.Error, and keeps none of them."""
-        try:
-            db = self._open()
-            db.execute("BEGIN IMMEDIATE")
-            offsets = [_insert(db, entry) for entry in entries]
-            db.execute("COMMIT")
-        except BaseException:
-            self._drop()  # closing rolls back; what state a failed write leaves a connection in is not worth knowing
-            raise
-        return offsets
-
-    def _sync_what_was_left(self) -> None:
-        """Bring to disk what a killed writer had written and not yet synced: whoever reads it now may rely on it."""
-        with contextlib.suppress(sqlite3.OperationalError):  # a full disk is the next append's to report
-            self._open().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-
-    def _open(self) -> sqlite3.Connection:
-        if self._db is None:
-            self._db = sqlite_file.open_writing(self.path, synchronous="FULL")
-        return self._db
-
-    def _drop(self) -> None:
-        if self._db is not None:
-            self._db.close()
-            self._db = None
-
-
-def _insert(db: sqlite3.Connection, entry: _Entry) -> Offset:
-    cursor = db.execute("INSERT INTO records (key, at, event) VALUES (?, ?, ?)", (entry.key, entry.at, entry.event))
-    assert cursor.lastrowid is not None
-    return cursor.lastrowid
-
-
-def _path(folder: Path, topic: str) -> Path:
-    return folder / f"{topic}.db"
-
-
-def _lock(path: Path) -> int:
-    """An OS lock, held until the handle is closed or the process ends. Raises LogUnavailable where another has it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise LogUnavailable(
-            f"the log {path.with_suffix('.db')} is being written by another process (pid {holder}): a data folder "
-            "belongs to one server and one learner. Stop that one, or give this one a HEED_DATA of its own"
-        ) from None
-    with contextlib.suppress(OSError):  # the pid is for the message above only; a full disk may refuse it
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-    return handle
+    for entry, number in zip(entries, numbers, strict=True):
+        entry.kept.set_result(number)

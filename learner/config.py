@@ -37,6 +37,19 @@ class LearnerConfig(Settings):
     learner_threads: int = Field(
         0, ge=0, le=1024, description="compute threads of the learner; 0: one for each core that it may use"
     )
+    state_keep_days: float = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="days that feedback, and the exchanges it speaks of, stay in the learner's state and are learned from; "
+        "0: for ever",
+    )
+    state_keep_mb: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="megabytes of exchanges and feedback that stay in the learner's state, the newest; 0: all",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of the learner's random numbers")
     learning_rate: float | None = Field(
         None, gt=0, le=0.1, description="learning rate of the policy's adapter; none: by the model's size"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from feedback.events import EXCHANGES, FEEDBACK
@@ -11,6 +12,8 @@ from learner.state import State
 
 BATCH = 1000
 """Events of one transaction."""
+KEEP_S = 60.0
+"""Between two looks at what is not to be kept any more."""
 
 
 class Intake:
@@ -26,6 +29,7 @@ class Intake:
         self.join_wait_s = join_wait_s
         self.clock = clock
         self.started = clock()
+        self.tidied = -math.inf
 
     def absorb(self) -> bool:
         """Take a batch of each topic in; true while there is more to read. Raises LogUnavailable."""
@@ -39,13 +43,22 @@ class Intake:
             lag = self.lag(end)
             self.metrics.lag.labels(topic).set(lag)
             more = more or lag > 0
-        if self.exchanges_are_read():
+        if self.is_read(EXCHANGES):
             self.state.give_up_waiting(self.clock() - self.join_wait_s, self.clock())
+        return more or self.keep()
+
+    def keep(self) -> bool:
+        """Now and then let go of what is not to be kept; true while there is more of it."""
+        if abs(self.clock() - self.tidied) < KEEP_S or not (self.is_read(EXCHANGES) and self.is_read(FEEDBACK)):
+            return False
+        more = self.state.keep(self.clock(), self.join_wait_s)
+        if not more:
+            self.tidied = self.clock()
         return more
 
-    def exchanges_are_read(self) -> bool:
-        """Whether an exchange that is not in the state is nowhere. A log that shows no end may only be away for now."""
-        end = self.log.end(EXCHANGES)
+    def is_read(self, topic: str) -> bool:
+        """Whether an event that is not in the state is nowhere. A log that shows no end may only be away for now."""
+        end = self.log.end(topic)
         if not any(end.values()):
             return self.clock() - self.started > self.join_wait_s
         return self.lag(end) == 0

@@ -3,10 +3,11 @@
 Each feedback is in exactly one status at any time:
 
     pending ──its exchanges are there──▶ joined
-       └──────they did not come────────▶ dropped
+       └──────they did not come────────▶ dropped ──they came late──▶ joined
 
-and from either of the first two it may become `superseded` (by a later opinion of the same person on the same reply and
-aspect) or `retracted` (by who gave it).
+and from any of them it may become `superseded` (by a later opinion of the same person on the same reply and aspect) or
+`retracted` (by who gave it). What status that is depends on the events alone, not on the order in which they come: only
+the events of one key come in order, and any may come twice.
 
 Everything here runs inside the caller's transaction, which also moves the offsets.
 """
@@ -14,11 +15,13 @@ Everything here runs inside the caller's transaction, which also moves the offse
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
+from itertools import pairwise
 
 from pydantic import ValidationError
 
-from feedback.events import Exchange, Feedback, NewerSchema, Retraction, parse_event
+from feedback.events import FEEDBACK, Exchange, Feedback, NewerSchema, Retraction, parse_event
 from feedback.log import Record
 
 TRAINABLE = ("thumb", "rating", "preference")
@@ -27,11 +30,13 @@ _REPLIES = {"preference": (2, 2), "ranking": (2, 1_000_000)}
 
 
 class Joiner:
-    """Takes events one by one, in log order, into the tables of an open transaction."""
+    """Takes events one by one, each partition's in order, into the tables of an open transaction."""
 
-    def __init__(self, db: sqlite3.Connection, now: float) -> None:
+    def __init__(self, db: sqlite3.Connection, now: float, keep_s: float = math.inf) -> None:
+        """`keep_s`: seconds that feedback is kept after it was given."""
         self.db = db
         self.now = now
+        self.keep_s = keep_s
 
     def take(self, record: Record) -> None:
         """Absorb one record. What a newer Heed wrote is parked, what is no event of ours is counted; nothing stops."""
@@ -39,7 +44,7 @@ class Joiner:
             event = parse_event(record.event)
         except NewerSchema:
             self.db.execute(
-                "INSERT OR IGNORE INTO parked VALUES (?, ?, ?)", (record.topic, record.offset, record.event)
+                "INSERT OR IGNORE INTO parked VALUES (?, ?, ?)", (record.partition, record.offset, record.event)
             )
             self.count("newer_schema")
             return
@@ -50,44 +55,67 @@ class Joiner:
             case Exchange():
                 self.take_exchange(event, record.event)
             case Feedback():
-                self.take_feedback(event, record.offset, record.event)
+                self.take_feedback(event, record)
             case Retraction():
                 self.take_retraction(event)
 
     def take_exchange(self, exchange: Exchange, text: str) -> None:
         """Keep the exchange, and join what waited for it. The same exchange twice is the same exchange."""
-        content = exchange.content
+        prompt_ids, reply_ids = json.dumps(exchange.content.prompt_ids), json.dumps(exchange.content.reply_ids)
         self.db.execute(
-            "INSERT OR IGNORE INTO exchanges VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR IGNORE INTO exchanges VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 exchange.id,
                 exchange.policy,
                 exchange.base,
                 exchange.version,
                 exchange.at,
-                json.dumps(content.prompt_ids),
-                json.dumps(content.reply_ids),
+                prompt_ids,
+                reply_ids,
                 text,
+                len(text) + len(prompt_ids) + len(reply_ids),
             ),
         )
-        waiting = self.db.execute("SELECT feedback_id FROM awaited WHERE reply_id = ?", (exchange.id,)).fetchall()
-        self.db.execute("DELETE FROM awaited WHERE reply_id = ?", (exchange.id,))
+        waiting = self.db.execute("SELECT feedback_id FROM about WHERE reply_id = ?", (exchange.id,)).fetchall()
         for (feedback_id,) in waiting:
             self.join_if_whole(feedback_id)
 
-    def take_feedback(self, feedback: Feedback, place: int, text: str) -> None:
-        """Keep the feedback in the status it deserves. The first body under an id wins."""
-        known = self.db.execute("SELECT body FROM feedback WHERE id = ?", (feedback.id,)).fetchone()
-        if known is not None:
-            self.count("duplicate" if known[0] == feedback.body else "conflict")
+    def take_feedback(self, feedback: Feedback, record: Record) -> None:
+        """Keep the feedback in the status it deserves. Of all that is said under one id, the earliest counts."""
+        if feedback.at < self.now - self.keep_s:
+            self.count("too_old")
+            self.tell(feedback.id, "dropped", "too_old")
             return
+        known = self.db.execute(
+            "SELECT at, body, partition, place FROM feedback WHERE id = ?", (feedback.id,)
+        ).fetchone()
+        if known is None:
+            self.put(feedback, record)
+        elif known <= (feedback.at, feedback.body, record.partition, record.offset):
+            self.db.execute(
+                "INSERT INTO repeats VALUES (?, ?, ?, ?, ?, ?)",
+                (record.partition, record.offset, feedback.id, feedback.at, feedback.body, record.event),
+            )
+        else:
+            columns = "partition, place, id, at, body, event"
+            self.db.execute(f"INSERT INTO repeats SELECT {columns} FROM feedback WHERE id = ?", (feedback.id,))
+            self.replace(feedback, record)
+
+    def take_retraction(self, retraction: Retraction) -> None:
+        """What it names stops counting, now or (where it has not been read yet) on arrival."""
+        self.db.execute("INSERT OR IGNORE INTO retractions VALUES (?, ?)", (retraction.id, retraction.at))
+        self.move(retraction.id, "retracted")
+
+    def put(self, feedback: Feedback, record: Record) -> None:
+        """Feedback whose id the state does not hold."""
         first, other = (*feedback.reply_ids, None, None)[:2]
         self.db.execute(
-            "INSERT INTO feedback (id, place, kind, user, aspect, value, at, body, reply_id, other_id, event, status)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'pending')",
+            "INSERT INTO feedback (id, partition, place, kind, user, aspect, value, at, body, reply_id, other_id, event,"
+            " size, status) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'pending')",
             (
                 feedback.id,
-                place,
+                record.partition,
+                record.offset,
                 feedback.kind,
                 feedback.content.user,
                 feedback.aspect,
@@ -96,75 +124,119 @@ class Joiner:
                 feedback.body,
                 first or "",
                 other,
-                text,
+                record.event,
+                len(record.event),
             ),
         )
         if not _well_formed(feedback):
-            self.settle(feedback.id, "dropped", "malformed")
+            self.move(feedback.id, "dropped", "malformed")
             return
-        missing = [reply_id for reply_id in feedback.reply_ids if not self.has_exchange(reply_id)]
-        self.db.executemany("INSERT INTO awaited VALUES (?, ?)", [(reply_id, feedback.id) for reply_id in missing])
-        self.supersede(feedback)
+        pairs = [(feedback.id, reply_id) for reply_id in feedback.reply_ids]
+        self.db.executemany("INSERT INTO about VALUES (?, ?)", pairs)
         if self.db.execute("SELECT 1 FROM retractions WHERE id = ?", (feedback.id,)).fetchone():
-            self.settle(feedback.id, "retracted", also="superseded")
+            self.move(feedback.id, "retracted")
         self.join_if_whole(feedback.id)
+        self.supersede(feedback.id)
 
-    def take_retraction(self, retraction: Retraction) -> None:
-        """What it names stops counting, now or (where it has not been read yet) on arrival."""
-        if self.db.execute("INSERT OR IGNORE INTO retractions VALUES (?)", (retraction.id,)).rowcount:
-            self.settle(retraction.id, "retracted", also="superseded")
+    def replace(self, feedback: Feedback, record: Record) -> None:
+        """Feedback that goes before what the state holds under its id. What was learned from the same words stays so."""
+        columns = "SELECT body, learned_in, fresh_s FROM feedback WHERE id = ?"
+        body, *learned = self.db.execute(columns, (feedback.id,)).fetchone()
+        self.remove(feedback.id)
+        self.put(feedback, record)
+        if body == feedback.body:
+            self.db.execute("UPDATE feedback SET learned_in = ?, fresh_s = ? WHERE id = ?", (*learned, feedback.id))
 
-    def supersede(self, feedback: Feedback) -> None:
-        """Of one person's thumbs and ratings of one reply and aspect, only the last in the log counts.
+    def remove(self, feedback_id: str) -> None:
+        """The feedback leaves the state with its story, as if it had never come: what it superseded counts again."""
+        others = self.opinions(feedback_id)
+        for table, column in (("feedback", "id"), ("about", "feedback_id"), ("stories", "feedback_id")):
+            self.db.execute(f"DELETE FROM {table} WHERE {column} = ?", (feedback_id,))
+        for other_id in others:
+            if other_id != feedback_id:
+                self.supersede(other_id)
+                break
 
-        By place rather than by arrival: an event parked for its newer schema may be taken after its successor.
+    def let_go(self, feedback_id: str) -> None:
+        """The feedback is too old to be kept. What is younger under its id, if anything, takes its place."""
+        self.remove(feedback_id)
+        self.count("too_old")
+        younger = self.db.execute(
+            "SELECT partition, place, event FROM repeats WHERE feedback_id = ? ORDER BY at, body, partition, place LIMIT 1",
+            (feedback_id,),
+        ).fetchone()
+        if younger is not None:
+            partition, place, event = younger
+            self.db.execute("DELETE FROM repeats WHERE partition = ? AND place = ?", (partition, place))
+            self.take(Record(FEEDBACK, partition, place, "", event))
+
+    def supersede(self, feedback_id: str) -> None:
+        """Of one person's thumbs and ratings of one reply and aspect, each is superseded by the next; the last counts."""
+        ids = self.opinions(feedback_id)
+        for earlier, later in pairwise(ids):
+            self.move(earlier, "superseded", f"by {later}")
+        if ids:
+            self.count_again(ids[-1])
+
+    def opinions(self, feedback_id: str) -> list[str]:
+        """All opinions of that person on that reply and aspect, the last one last; none where it is no person's opinion.
+
+        Those of one partition in its order, whatever the servers' clocks say; between partitions by the time.
         """
-        user = feedback.content.user
-        if user is None or feedback.kind not in OPINIONS:
-            return
-        opinions = self.db.execute(
-            "SELECT id, place FROM feedback WHERE reply_id = ? AND user = ? AND aspect = ? AND kind IN (?, ?)"
-            " AND status != 'dropped' ORDER BY place",
-            (feedback.reply_ids[0], user, feedback.aspect, *OPINIONS),
-        ).fetchall()
-        last_id = opinions[-1][0]
-        for opinion_id, _ in opinions[:-1]:
-            self.settle(opinion_id, "superseded", reason=f"by {last_id}")
+        rows = self.db.execute(
+            "SELECT id FROM feedback WHERE (reply_id, user, aspect) ="
+            " (SELECT reply_id, user, aspect FROM feedback WHERE id = ? AND kind IN (?, ?))"
+            " AND kind IN (?, ?) AND reason IS NOT 'malformed'"
+            " ORDER BY max(at) OVER (PARTITION BY partition ORDER BY place), partition, place",
+            (feedback_id, *OPINIONS, *OPINIONS),
+        )
+        return [opinion_id for (opinion_id,) in rows]
 
-    def settle(self, feedback_id: str, status: str, reason: str | None = None, also: str = "") -> None:
-        """Move feedback that counts or may yet, or that is in the status `also`, to one in which it does not count."""
+    def move(self, feedback_id: str, status: str, reason: str | None = None) -> None:
+        """Move feedback to a status in which it does not count. Of what is retracted or malformed nothing else is said."""
         moved = self.db.execute(
-            "UPDATE feedback SET status = ?, reason = ? WHERE id = ? AND status IN ('pending', 'joined', ?)",
-            (status, reason, feedback_id, also),
+            "UPDATE feedback SET status = ?1, reason = ?2, policy = NULL, base = NULL, untrained = NULL WHERE id = ?3"
+            " AND (status, reason) IS NOT (?1, ?2) AND status != 'retracted' AND reason IS NOT 'malformed'",
+            (status, reason, feedback_id),
         ).rowcount
         if moved:
-            self.db.execute("DELETE FROM awaited WHERE feedback_id = ?", (feedback_id,))
             self.tell(feedback_id, status, reason)
 
+    def count_again(self, feedback_id: str) -> None:
+        """Feedback that is the last opinion after all, where what superseded it is gone."""
+        superseded = "UPDATE feedback SET status = 'pending', reason = NULL WHERE id = ? AND status = 'superseded'"
+        if self.db.execute(superseded, (feedback_id,)).rowcount:
+            self.untell(feedback_id, "superseded")
+            self.join_if_whole(feedback_id)
+
     def join_if_whole(self, feedback_id: str) -> None:
-        """Join pending feedback whose exchanges are all there."""
-        if self.db.execute("SELECT 1 FROM awaited WHERE feedback_id = ?", (feedback_id,)).fetchone():
-            return
+        """Join feedback that waits, or was given up, once its exchanges are all there.
+
+        An exchange that was too old to be kept when the feedback was given is not there, even where it still is.
+        """
         row = self.db.execute(
-            "SELECT kind, aspect, event FROM feedback WHERE id = ? AND status = 'pending'", (feedback_id,)
+            "SELECT kind, aspect, at, status FROM feedback WHERE id = ? AND (status = 'pending' OR reason = 'no_exchange')",
+            (feedback_id,),
         ).fetchone()
         if row is None:
             return
-        kind, aspect, event = row
-        reply_ids = json.loads(event)["reply_ids"]
-        rows = [
-            self.db.execute("SELECT policy, base, reply_ids FROM exchanges WHERE reply_id = ?", (reply_id,)).fetchone()
-            for reply_id in reply_ids
-        ]
+        kind, aspect, at, status = row
+        rows = self.db.execute(
+            "SELECT e.policy, e.base, e.reply_ids FROM about a LEFT JOIN exchanges e"
+            " ON e.reply_id = a.reply_id AND e.at >= ? WHERE a.feedback_id = ?",
+            (at - self.keep_s, feedback_id),
+        ).fetchall()
         policies, bases, replies = ({row[column] for row in rows} for column in range(3))
+        if None in policies:
+            return
         self.db.execute(
             "UPDATE feedback SET status = 'joined', reason = NULL, policy = ?, base = ?, untrained = ? WHERE id = ?",
             (_only(policies), _only(bases), _untrained(kind, aspect, replies), feedback_id),
         )
+        if status == "dropped":
+            self.count("late")
+            self.untell(feedback_id, "dropped")
         self.tell(feedback_id, "joined")
-
-    def has_exchange(self, reply_id: str) -> bool:
-        return self.db.execute("SELECT 1 FROM exchanges WHERE reply_id = ?", (reply_id,)).fetchone() is not None
 
     def tell(self, feedback_id: str, status: str, reason: str | None = None) -> None:
         """Add a line to the feedback's story, which the board is told after the transaction."""
@@ -173,10 +245,14 @@ class Joiner:
             (feedback_id, status, self.now, reason),
         )
 
-    def count(self, name: str) -> None:
-        """Count an event that left no row of its own."""
+    def untell(self, feedback_id: str, status: str) -> None:
+        """Take a line of the story back. The board, if it was told, sees that what was joined later counts again."""
+        self.db.execute("DELETE FROM stories WHERE feedback_id = ? AND status = ?", (feedback_id, status))
+
+    def count(self, name: str, times: int = 1) -> None:
+        """Count events that left no row of their own."""
         self.db.execute(
-            "INSERT INTO counters VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET count = count + 1", (name,)
+            "INSERT INTO counters VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET count = count + ?2", (name, times)
         )
 
 

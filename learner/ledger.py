@@ -16,7 +16,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from feedback.events import FEEDBACK
 from learner.state import LEARNED_FROM, State
 
 if TYPE_CHECKING:
@@ -152,16 +151,16 @@ class Ledger:
                     ),
                 )
                 if served:
-                    self._mark_learned(number, up_to=offsets.get(FEEDBACK, 0))
+                    self._mark_learned(number, up_to=offsets)
                     reached = dict.fromkeys(("in_reward_model", "in_update", "in_version"), manifest.created)
                     self._tell(number, reached, manifest.version)
 
-    def _mark_learned(self, number: int, up_to: int = 2**62) -> None:
-        """The fresh judgements, up to a place in the log, are this update's."""
+    def _mark_learned(self, number: int, up_to: Mapping[str, int] | None = None) -> None:
+        """The fresh judgements, all or up to a place in each partition of the log, are this update's."""
+        bound = "" if up_to is None else "AND place <= (SELECT value FROM json_each(:up_to) WHERE key = f.partition)"
         self.state.db.execute(
-            f"UPDATE feedback AS f SET learned_in = :number WHERE {LEARNED_FROM}"
-            " AND learned_in IS NULL AND place <= :up_to",
-            {**self.state.line, "number": number, "up_to": up_to},
+            f"UPDATE feedback AS f SET learned_in = :number WHERE {LEARNED_FROM} AND learned_in IS NULL {bound}",
+            {**self.state.line, "number": number, "up_to": json.dumps(up_to)},
         )
 
     def _close(self, update: Update, status: str, finished: float | None, **columns: object) -> None:
@@ -214,7 +213,7 @@ def number_of(manifest: Manifest) -> int:
 def _offsets(manifest: Manifest) -> dict[str, int]:
     offsets = manifest.feedback.get("offsets")
     found = offsets.items() if isinstance(offsets, dict) else ()
-    return {topic: offset for topic, offset in found if isinstance(offset, int)}
+    return {partition: offset for partition, offset in found if isinstance(offset, int)}
 
 
 def _parsed(text: str | None) -> Json | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -13,6 +13,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from learner.figures import FIGURES, figures
+
+DROPS = ("no_exchange", "too_old", "conflict", "malformed", "newer_schema")
+"""Why feedback, or an event, does not count."""
+FATES = ("pending", "joined", "superseded", "retracted", "duplicate", "late")
+"""What else became of feedback; what was late is among the joined too."""
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PHASE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 900, 3600, 14400)
@@ -37,14 +42,24 @@ class LearnerMetrics:
             buckets=_FRESHNESS_BUCKETS,
             **own,
         )
-        self.dropped = _Totals("heed_feedback_dropped", "Feedback that does not count.", "reason")
+        self.dropped = _Totals("heed_feedback_dropped", "Feedback that does not count.", "reason", DROPS)
         self.registry.register(self.dropped)
+        self.fates = Gauge("heed_feedback_fates", "Feedback by what became of it.", ["fate"], **own)
+        for fate in FATES:
+            self.fates.labels(fate)
         self.figures = {name: Gauge(name, text, **own) for name, (text, _) in FIGURES.items()}
 
     def show(self, report: Mapping[str, Any]) -> None:
         """Set the gauges of the last update, from its report."""
         for name, value in figures(report).items():
             self.figures[name].set(value)
+
+    def count(self, feedback: Mapping[str, Any]) -> None:
+        """Show how much feedback there is of each fate, from learner.report.feedback_counts."""
+        self.dropped.reach(feedback["dropped"])
+        counted = {**feedback["by_status"], "duplicate": feedback["duplicates"], "late": feedback["late"]}
+        for fate in FATES:
+            self.fates.labels(fate).set(counted.get(fate, 0))
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
@@ -54,9 +69,13 @@ class LearnerMetrics:
 class _Totals:
     """A counter whose totals live in the state file, so that a restart does not set them back."""
 
-    def __init__(self, name: str, text: str, label: str) -> None:
+    def __init__(self, name: str, text: str, label: str, values: Sequence[str]) -> None:
         self.name, self.text, self.label = name, text, label
-        self.totals: Mapping[str, int] = {}
+        self.totals = dict.fromkeys(values, 0)
+
+    def reach(self, totals: Mapping[str, int]) -> None:
+        """Never back: what was given up may still be joined, and a counter that falls reads as one that began anew."""
+        self.totals = {value: max(total, totals.get(value, 0)) for value, total in self.totals.items()}
 
     def collect(self) -> Iterable[Metric]:
         family = CounterMetricFamily(self.name, self.text, labels=[self.label])

@@ -57,7 +57,7 @@ class Notices:
     def report(self, report: Mapping[str, Any]) -> None:
         """Show the learner's part of GET /v1/policy."""
         self.board.set_report(REPORT, json.dumps(report, allow_nan=False))
-        self.metrics.dropped.totals = report["feedback"]["dropped"]
+        self.metrics.count(report["feedback"])
 
     def learned(self, update: Update) -> None:
         """Show the figures of an update that reached the gate."""

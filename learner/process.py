@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from prometheus_client import disable_created_metrics
 
 from feedback.board import open_board
 from feedback.events import RELEASES
+from feedback.keeping import Keep
 from feedback.log import LogUnavailable, open_log
 from learner.config import LearnerConfig
 from learner.metrics import LearnerMetrics, MetricsServer
@@ -63,8 +65,14 @@ class _Refused(Exception):
 def _learn(
     config: LearnerConfig, until_idle: bool, rebuild: bool, stopping: Stopping, stack: contextlib.ExitStack
 ) -> int:
-    data = config.serving.feedback.data
-    _hold_lock(data / "learner.lock", stopping, stack)
+    data, policy = config.serving.feedback.data, config.serving.feedback.policy
+    try:
+        _hold_lock(data, "this data folder", stopping, stack)
+    except OSError as error:
+        raise _Refused(f"the data folder cannot be used: {error} (HEED_DATA={data})", Exit.DATA) from error
+    # the store too: a learner of another data folder would publish over this one's versions, and release over its releases
+    store_folder = config.serving.adapter_root / policy
+    _patiently(lambda: _hold_lock(store_folder, f"policy {policy}", stopping, stack), stopping)
     metrics = LearnerMetrics()
     _serve_metrics(config, metrics, stack)
     stand_behind_the_server(config.nice)
@@ -88,7 +96,7 @@ def _learn(
         raise _Refused(str(error), Exit.MODEL) from error
     state = _open_state(config, trainer.base.fingerprint, rebuild, stopping)
     stack.callback(state.close)
-    store = AdapterStore(config.serving.adapter_root, config.serving.feedback.policy)
+    store = AdapterStore(config.serving.adapter_root, policy)
     learner = Learner(
         config,
         log=log,
@@ -124,13 +132,10 @@ def _stopped_by_signals(stopping: Stopping) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _hold_lock(path: Path, stopping: Stopping, stack: contextlib.ExitStack) -> None:
-    """Hold the lock of the data folder's one learner while this process lives, once its holder has ended."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(path.open("a+"))
-    except OSError as error:
-        raise _Refused(f"the data folder cannot be used: {error} (HEED_DATA={path.parent})", Exit.DATA) from error
+def _hold_lock(folder: Path, whose: str, stopping: Stopping, stack: contextlib.ExitStack) -> None:
+    """Hold the lock of a folder's one learner while this process lives, once its holder has ended. Raises OSError, Stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context((folder / "learner.lock").open("a+"))
     told = False
     while True:
         try:
@@ -139,15 +144,14 @@ def _hold_lock(path: Path, stopping: Stopping, stack: contextlib.ExitStack) -> N
         except BlockingIOError:
             if not told:
                 file.seek(0)
-                _log.warning(
-                    "waiting: the learner of this data folder is process %s", file.read().strip() or "(unknown)"
-                )
+                holder = file.read().strip() or "(unknown)"
+                _log.warning("waiting: the learner of %s is process %s", whose, holder)
                 told = True
         if stopping.wait(LOCK_POLL_S):
             raise Stopped
-    with contextlib.suppress(OSError):  # the number is for the line above only; a full disk may refuse it
+    with contextlib.suppress(OSError):  # who it is, for the line above only; a full disk may refuse it
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
 
 
@@ -171,8 +175,9 @@ def _open_state(config: LearnerConfig, base: str, rebuild: bool, stopping: Stopp
     path = config.folder / "state.db"
     if rebuild:
         remove_state(path)
+    keep = Keep.of(config.state_keep_days, config.state_keep_mb)
     try:
-        return _patiently(lambda: State(path, policy=config.serving.feedback.policy, base=base), stopping)
+        return _patiently(lambda: State(path, policy=config.serving.feedback.policy, base=base, keep=keep), stopping)
     except StateError as error:
         raise _Refused(str(error), Exit.FAILED) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,12 +44,13 @@ def why_nothing_ships(state: State, last: Update | None, release: Release, neede
 
 def feedback_counts(state: State) -> dict[str, Any]:
     """How much feedback there is, by kind and by fate."""
-    counted = dict(state.db.execute("SELECT name, count FROM counters WHERE count > 0"))
+    counted = state.counted()
     return {
         "by_kind": dict(state.db.execute("SELECT kind, count(*) FROM feedback GROUP BY kind")),
         "by_status": dict(state.db.execute("SELECT status, count(*) FROM feedback GROUP BY status")),
         "dropped": dropped(state),
         "duplicates": counted.get("duplicate", 0),
+        "late": counted.get("late", 0),
         "learned_from": state.judgement_count(fresh=False),
         "new": state.judgement_count(fresh=True),
         "not_learned_from": _not_learned_from(state),
@@ -56,13 +58,12 @@ def feedback_counts(state: State) -> dict[str, Any]:
 
 
 def dropped(state: State) -> dict[str, int]:
-    """Feedback and events that do not count, by reason. A duplicate is no loss and not among them."""
-    counted = state.db.execute("SELECT name, count FROM counters WHERE name != 'duplicate' AND count > 0")
-    kept = state.db.execute("SELECT reason, count(*) FROM feedback WHERE status = 'dropped' GROUP BY reason")
-    totals: dict[str, int] = dict(counted)
-    for reason, count in kept:
-        totals[reason] = totals.get(reason, 0) + count
-    return totals
+    """Feedback and events that do not count, by reason. A duplicate is no loss and not among them, nor is what was late."""
+    totals = Counter({name: count for name, count in state.counted().items() if name not in ("duplicate", "late")})
+    totals.update(
+        dict(state.db.execute("SELECT reason, count(*) FROM feedback WHERE status = 'dropped' GROUP BY reason"))
+    )
+    return dict(totals)
 
 
 def liked(state: State) -> dict[str, dict[str, float]]:
@@ -80,7 +81,7 @@ def liked(state: State) -> dict[str, dict[str, float]]:
 def freshness(state: State, newest: int = 1000) -> dict[str, float | int | None]:
     """Seconds from acceptance to being served, over the newest judgements that got there."""
     rows = state.db.execute(
-        "SELECT fresh_s FROM feedback WHERE fresh_s IS NOT NULL ORDER BY place DESC LIMIT ?", (newest,)
+        "SELECT fresh_s FROM feedback WHERE fresh_s IS NOT NULL ORDER BY at DESC, id DESC LIMIT ?", (newest,)
     ).fetchall()
     seconds = sorted(row[0] for row in rows)
     return {"p50": _quantile(seconds, 0.5), "p95": _quantile(seconds, 0.95), "count": len(seconds)}

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from pathlib import Path
 
 from feedback.board import Story
 from feedback.events import SCHEMA
+from feedback.keeping import EVERYTHING, Keep
 from feedback.log import Record
 from learner.joining import Joiner
 from learner.statefile import open_state
@@ -63,11 +67,13 @@ LEARNED_FROM = "f.status = 'joined' AND f.untrained IS NULL AND f.policy = :poli
 class State:
     """The joined material of one policy over one base. Not for several threads at once."""
 
-    def __init__(self, path: Path, *, policy: str, base: str) -> None:
+    def __init__(self, path: Path, *, policy: str, base: str, keep: Keep = EVERYTHING) -> None:
         """Open or make the state file. `base` is the fingerprint of the base model. Raises StateError."""
         self.db = open_state(path)
         self.line = {"policy": policy, "base": base}
+        self.kept = keep
         self._take_parked()
+        self._join_what_is_whole()
 
     def close(self) -> None:
         self.db.close()
@@ -87,7 +93,7 @@ class State:
     def absorb(self, records: Sequence[Record], now: float) -> int:
         """Take records in, with the offsets behind them; returns how many were new. Known ones are passed over."""
         with self.transaction() as db:
-            joiner = Joiner(db, now)
+            joiner = Joiner(db, now, self.kept.age_s)
             reached = dict(self.offsets())
             new = 0
             for record in records:
@@ -100,10 +106,10 @@ class State:
 
     def offsets(self) -> Mapping[str, int]:
         """Partition → the last offset absorbed; one never read is absent."""
-        return dict(self.db.execute("SELECT topic, last FROM offsets"))
+        return dict(self.db.execute("SELECT partition, last FROM offsets"))
 
     def give_up_waiting(self, accepted_before: float, now: float) -> int:
-        """Drop feedback accepted before a time whose exchange has not come, and say how many.
+        """Drop feedback accepted before a time whose exchange has not come, and say how many. If it comes late, it joins.
 
         Only right when the exchanges' topic has been read to its end: else the exchange may simply be unread.
         """
@@ -113,8 +119,32 @@ class State:
             ).fetchall()
             joiner = Joiner(db, now)
             for (feedback_id,) in late:
-                joiner.settle(feedback_id, "dropped", "no_exchange")
+                joiner.move(feedback_id, "dropped", "no_exchange")
         return len(late)
+
+    def keep(self, now: float, grace_s: float, most: int = 1000) -> bool:
+        """Let go of at most so many each of feedback and exchanges that are older, or more, than is kept; true if there is more.
+
+        Exchanges that kept feedback speaks of stay, and all others for another `grace_s` seconds, in which feedback on
+        them may come. Only right when the log has been read to its end: else that feedback may simply be unread.
+        """
+        if self.kept == EVERYTHING:
+            return False
+        fits = self._oldest_that_fits()
+        too_old, unspoken_of = max(now - self.kept.age_s, fits), max(now - self.kept.age_s - grace_s, fits)
+        with self.transaction() as db:
+            joiner = Joiner(db, now, self.kept.age_s)
+            joiner.count("too_old", db.execute("DELETE FROM repeats WHERE at < ?", (too_old,)).rowcount)
+            old = db.execute("SELECT id FROM feedback WHERE at < ? ORDER BY at LIMIT ?", (too_old, most)).fetchall()
+            for (feedback_id,) in old:
+                joiner.let_go(feedback_id)
+            gone = db.execute(
+                "DELETE FROM exchanges WHERE reply_id IN (SELECT reply_id FROM exchanges e WHERE at < ? AND NOT EXISTS"
+                " (SELECT 1 FROM about a WHERE a.reply_id = e.reply_id) ORDER BY at LIMIT ?)",
+                (unspoken_of, most),
+            ).rowcount
+            db.execute("DELETE FROM retractions WHERE at < ? AND id NOT IN (SELECT id FROM feedback)", (too_old,))
+        return max(len(old), gone) == most
 
     def judgement_count(self, *, fresh: bool) -> int:
         """Judgements that count now; with `fresh`, those that no update has learned from yet."""
@@ -127,13 +157,13 @@ class State:
         return at
 
     def judgements(self, most: int = -1) -> list[Judgement]:
-        """The judgements that count now, in log order; with `most`, the newest so many."""
+        """The judgements that count now, in the order in which they were given; with `most`, the newest so many."""
         rows = self.db.execute(
             "SELECT f.id, f.kind, f.user, f.value, f.at, e.reply_id, e.prompt_ids, e.reply_ids, e.version,"
             " o.reply_id, o.prompt_ids, o.reply_ids, o.version"
             " FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
             " LEFT JOIN exchanges o ON o.reply_id = f.other_id"
-            f" WHERE {LEARNED_FROM} ORDER BY f.place DESC LIMIT :most",
+            f" WHERE {LEARNED_FROM} ORDER BY f.at DESC, f.id DESC LIMIT :most",
             {**self.line, "most": most},
         ).fetchall()
         return [
@@ -145,7 +175,7 @@ class State:
         """Token ids of the distinct prompts that people sent, the newest first, at most so many."""
         rows = self.db.execute(
             "SELECT prompt_ids FROM exchanges WHERE policy = :policy AND base = :base"
-            " GROUP BY prompt_ids ORDER BY max(rowid) DESC LIMIT :most",
+            " GROUP BY prompt_ids ORDER BY max(at) DESC, max(reply_id) DESC LIMIT :most",
             {**self.line, "most": most},
         )
         return [tuple(json.loads(ids)) for (ids,) in rows]
@@ -159,8 +189,11 @@ class State:
         return [StoryLine(row, feedback_id, Story(*step)) for row, feedback_id, *step in rows]
 
     def mark_told(self, lines: Sequence[StoryLine]) -> None:
+        """Note what the board was told. Of feedback that was too old nothing else is kept."""
+        rows = [(line.row,) for line in lines]
         with self.transaction() as db:
-            db.executemany("UPDATE stories SET told = 1 WHERE rowid = ?", [(line.row,) for line in lines])
+            db.executemany("UPDATE stories SET told = 1 WHERE rowid = ?", rows)
+            db.executemany("DELETE FROM stories WHERE rowid = ? AND reason = 'too_old'", rows)
 
     def tell_all_again(self) -> None:
         """For a board that was emptied: every story counts as untold."""
@@ -185,27 +218,61 @@ class State:
             db.executemany("UPDATE feedback SET fresh_s = ? WHERE id = ?", [(s, id_) for id_, s in seconds.items()])
         return list(seconds.values())
 
-    def digest(self) -> str:
-        """One digest of every feedback's fate and of what was counted, whatever the order it was absorbed in."""
-        fates = self.db.execute(
-            "SELECT id, kind, user, aspect, value, reply_id, other_id, status, reason FROM feedback"
+    def counted(self) -> dict[str, int]:
+        """What was read and left no feedback of its own in the state, by name; and how much was joined `late`."""
+        repeats = "FROM repeats r JOIN feedback f ON f.id = r.feedback_id WHERE r.body"
+        rows = self.db.execute(
+            f"SELECT name, count FROM counters UNION ALL SELECT 'duplicate', count(*) {repeats} = f.body"
+            f" UNION ALL SELECT 'conflict', count(*) {repeats} != f.body"
         )
-        counted = self.db.execute("SELECT name, count FROM counters")
+        totals: Counter[str] = Counter()
+        for name, count in rows:
+            totals[name] += count
+        return dict(+totals)
+
+    def digest(self) -> str:
+        """One digest of every feedback's fate and of what was counted, whatever the order it was absorbed in.
+
+        Whether an exchange came in time or late is no part of it.
+        """
+        fates = self.db.execute(
+            "SELECT id, kind, user, aspect, value, at, reply_id, other_id, status, reason, policy, base, untrained"
+            " FROM feedback"
+        )
+        counted = [item for item in self.counted().items() if item[0] != "late"]
         lines = sorted(json.dumps(row) for rows in (fates, counted) for row in rows)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
+    def _oldest_that_fits(self) -> float:
+        """The time from which on all exchanges and feedback fit the size that is kept."""
+        sizes = "SELECT at, size FROM exchanges UNION ALL SELECT at, size FROM feedback"
+        if self.db.execute(f"SELECT coalesce(sum(size), 0) FROM ({sizes})").fetchone()[0] <= self.kept.size:
+            return -math.inf
+        newer = f"SELECT at, sum(size) OVER (ORDER BY at DESC) AS total FROM ({sizes})"
+        at: float = self.db.execute(f"SELECT max(at) FROM ({newer}) WHERE total > ?", (self.kept.size,)).fetchone()[0]
+        return math.nextafter(at, math.inf)
+
     def _take_parked(self) -> None:
         """Events parked by an older Heed that this one can read take their place at last."""
-        parked = self.db.execute("SELECT topic, place, event FROM parked ORDER BY place").fetchall()
+        parked = self.db.execute("SELECT partition, place, event FROM parked ORDER BY place").fetchall()
         readable = [row for row in parked if json.loads(row[2])["schema"] <= SCHEMA]
         if not readable:
             return
         with self.transaction() as db:
-            joiner = Joiner(db, now=0.0)
-            for topic, place, event in readable:
-                db.execute("DELETE FROM parked WHERE topic = ? AND place = ?", (topic, place))
-                db.execute("UPDATE counters SET count = count - 1 WHERE name = 'newer_schema'")
-                joiner.take(Record(topic, topic, place, "", event))
+            joiner = Joiner(db, time.time(), self.kept.age_s)
+            for partition, place, event in readable:
+                db.execute("DELETE FROM parked WHERE partition = ? AND place = ?", (partition, place))
+                joiner.count("newer_schema", -1)
+                joiner.take(Record(partition.partition("/")[0], partition, place, "", event))
+
+    def _join_what_is_whole(self) -> None:
+        """Feedback that an older Heed gave up, though its exchange came late, is joined."""
+        with self.transaction() as db:
+            joiner = Joiner(db, time.time(), self.kept.age_s)
+            waiting = db.execute("SELECT id FROM feedback WHERE status = 'pending'").fetchall()
+            for (feedback_id,) in waiting:
+                joiner.supersede(feedback_id)
+                joiner.join_if_whole(feedback_id)
 
     def _count(self, condition: str) -> int:
         query = f"SELECT count(*) FROM feedback f WHERE {LEARNED_FROM} {condition}"

@@ -1,15 +1,14 @@
 """The learner's state file: its tables, and opening it without ever guessing.
 
 The file is one SQLite database. Whatever it holds can be made again from the log, so a file that cannot be trusted is
-refused with the command that makes it anew, never repaired in place.
+refused with the command that makes it anew, never repaired in place. A file of an older Heed is brought up to date, one
+schema after the other, from nothing but itself.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
-
-STATE_SCHEMA = 1
 
 _TABLES = """
 CREATE TABLE offsets (topic TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
@@ -84,6 +83,52 @@ CREATE TABLE updates (
 );
 """
 
+# Partitions, of which an older Heed's log had one a topic. Every reply that feedback speaks of, whether its exchange is
+# there or not: one may come late, or leave. Feedback told again under its id. What was given up is waited for anew.
+_PARTITIONS = """
+ALTER TABLE offsets RENAME COLUMN topic TO partition;
+ALTER TABLE parked RENAME COLUMN topic TO partition;
+
+ALTER TABLE exchanges ADD COLUMN size INTEGER NOT NULL DEFAULT 0;
+UPDATE exchanges SET size = length(event) + length(prompt_ids) + length(reply_ids);
+CREATE INDEX exchanges_by_age ON exchanges (at, size);
+
+ALTER TABLE feedback ADD COLUMN partition TEXT NOT NULL DEFAULT 'heed.feedback';
+ALTER TABLE feedback ADD COLUMN size INTEGER NOT NULL DEFAULT 0;
+UPDATE feedback SET size = length(event);
+CREATE INDEX feedback_by_age ON feedback (at, id, size);
+
+CREATE TABLE about (feedback_id TEXT, reply_id TEXT, PRIMARY KEY (feedback_id, reply_id)) WITHOUT ROWID;
+CREATE INDEX about_by_reply ON about (reply_id);
+INSERT OR IGNORE INTO about
+    SELECT f.id, reply.value FROM feedback f, json_each(f.event, '$.reply_ids') reply WHERE f.reason IS NOT 'malformed';
+DROP TABLE awaited;
+
+CREATE TABLE repeats (
+    partition   TEXT,
+    place       INTEGER,
+    feedback_id TEXT NOT NULL,
+    at          REAL NOT NULL,
+    body        TEXT NOT NULL,
+    event       TEXT NOT NULL,
+    PRIMARY KEY (partition, place)
+) WITHOUT ROWID;
+CREATE INDEX repeats_by_feedback ON repeats (feedback_id);
+
+ALTER TABLE retractions ADD COLUMN at REAL NOT NULL DEFAULT 0;
+UPDATE retractions SET at = CAST(strftime('%s', 'now') AS REAL);
+
+DELETE FROM stories
+    WHERE status = 'dropped' AND feedback_id IN (SELECT id FROM feedback WHERE reason = 'no_exchange');
+UPDATE feedback SET status = 'pending', reason = NULL WHERE reason = 'no_exchange';
+UPDATE feedback SET policy = NULL, base = NULL, untrained = NULL WHERE status != 'joined';
+"""
+
+SCRIPTS = (_TABLES, _PARTITIONS)
+"""What makes each schema from the one before it; the first, from nothing."""
+
+STATE_SCHEMA = len(SCRIPTS)
+
 
 class StateError(Exception):
     """The state file cannot be used; the message says why and what to do."""
@@ -126,15 +171,14 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
             f"learner state {path} has schema {found}; this Heed reads up to {STATE_SCHEMA}. "
             "Run the newer Heed that wrote it, or `heed learn --rebuild` to make it anew from the log."
         )
-    if found == 0:
-        if db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-            raise StateError(_cannot(path, "it holds tables that are not ours"))
-        # one script, one transaction: a kill leaves either no tables or all of them
-        db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {STATE_SCHEMA}; COMMIT;")
-        return
+    if found == 0 and db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        raise StateError(_cannot(path, "it holds tables that are not ours"))
     verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
         raise StateError(_cannot(path, verdict))
+    for number, script in enumerate(SCRIPTS[found:], found + 1):
+        # one script, one transaction: a kill leaves either the schema before it or this one, whole
+        db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
 
 
 def _cannot(path: Path, what: str) -> str:

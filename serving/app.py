@@ -89,7 +89,9 @@ def _now(wiring: Wiring) -> Now:
     """What a scrape sees."""
     outbox = wiring.log.waiting()
     if wiring.speaker is None:
-        return Now(False, running=0, waiting=0, prompt_tokens=0, prefix_tokens=0, kv_usage=0.0, loaded={}, outbox=outbox)
+        return Now(
+            False, running=0, waiting=0, prompt_tokens=0, prefix_tokens=0, kv_usage=0.0, loaded={}, outbox=outbox
+        )
     engine, release = wiring.speaker.engine, wiring.release()
     stats = engine.stats()
     return Now(

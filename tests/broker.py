@@ -167,9 +167,7 @@ class Broker:
 
 
 @contextlib.contextmanager
-def broker(
-    folder: Path, advertised: int | None = None, users: Mapping[str, str] | None = None
-) -> Iterator[Broker]:
+def broker(folder: Path, advertised: int | None = None, users: Mapping[str, str] | None = None) -> Iterator[Broker]:
     """A broker that runs until the block ends, whatever was done to it."""
     one = Broker(folder, advertised, users)
     one.start()

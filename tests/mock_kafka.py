@@ -38,7 +38,9 @@ class MockCluster:
 
     def move_leader(self, topic: str, partition: int, broker: int) -> None:
         """-1: the partition has no leader."""
-        self._call("rd_kafka_mock_partition_set_leader", topic.encode(), ctypes.c_int32(partition), ctypes.c_int32(broker))
+        self._call(
+            "rd_kafka_mock_partition_set_leader", topic.encode(), ctypes.c_int32(partition), ctypes.c_int32(broker)
+        )
 
     def slow_down(self, milliseconds: int) -> None:
         """Every answer takes so long."""

@@ -290,6 +290,18 @@ def test_prune_keeps_what_is_served_was_served_or_is_loaded(store: AdapterStore,
     assert store.release().approved == (2, 3, 4)
 
 
+def test_the_lock_of_the_policy_s_learner_is_no_version_and_outlives_them(store: AdapterStore, base: Base):
+    store.folder.mkdir(parents=True)
+    lock = store.folder / "learner.lock"
+    lock.write_text("1 on host")
+    versions = [store.publish(random_weights(base, seed=seed), parent=0, base=base) for seed in range(3)]
+    assert store.versions() == versions == [1, 2, 3]
+    for version in versions:
+        store.verify(version, base)
+    assert store.prune(keep=1) == [1, 2]
+    assert lock.read_text() == "1 on host"
+
+
 def test_the_store_of_another_policy_is_another_store(tmp_path: Path, base: Base):
     ours, theirs = AdapterStore(tmp_path, "default"), AdapterStore(tmp_path, "other")
     ours.publish(random_weights(base), parent=0, base=base)

@@ -188,6 +188,13 @@ def test_the_status_is_the_furthest_step_reached() -> None:
         assert furthest(reversed(steps)) == STATUSES[index]
 
 
+def test_what_was_joined_after_it_was_dropped_or_superseded_counts_again() -> None:
+    for ending in (Story("dropped", 2.0, reason="no_exchange"), Story("superseded", 2.0, reason="by fb-2")):
+        assert furthest([Story("joined", 2.0), ending]) == ending.status
+        assert furthest([ending, Story("joined", 3.0)]) == "joined"
+    assert furthest([Story("retracted", 2.0), Story("joined", 3.0)]) == "retracted"
+
+
 @pytest.mark.parametrize("damage", ["overwritten", "torn", "emptied", "deleted", "folder deleted", "another database"])
 @pytest.mark.parametrize("running", [True, False])
 def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str, running: bool) -> None:

@@ -75,7 +75,11 @@ def test_missing_topics_are_made_to_keep_everything_and_of_releases_the_last(kaf
     assert [partitions_of(kafka, topic) for topic in (EXCHANGES, FEEDBACK, RELEASES)] == [PARTITIONS, PARTITIONS, 1]
     for topic in (EXCHANGES, FEEDBACK):
         settings = settings_of(kafka, topic)
-        assert (settings["retention.ms"], settings["retention.bytes"], settings["cleanup.policy"]) == ("-1", "-1", "delete")
+        assert (settings["retention.ms"], settings["retention.bytes"], settings["cleanup.policy"]) == (
+            "-1",
+            "-1",
+            "delete",
+        )
         assert settings["max.message.bytes"] == str(MAX_EVENT_BYTES)
     assert settings_of(kafka, RELEASES)["cleanup.policy"] == "compact"
 
@@ -370,7 +374,13 @@ def test_brokers_that_go_down_and_come_up_leave_no_threads_and_no_files(
             mock_kafka.up(number)
         until(lambda: appended(log))
     gc.collect()  # kafka-python leaves sockets that were refused to the garbage collector
-    until(lambda: held()[0] <= before[0] + 2 and held()[1] <= before[1] + 10 or print(before, held(), [t.name for t in threading.enumerate()]))
+    until(
+        lambda: (
+            held()[0] <= before[0] + 2
+            and held()[1] <= before[1] + 10
+            or print(before, held(), [t.name for t in threading.enumerate()])
+        )
+    )
 
 
 # Settings
@@ -390,16 +400,19 @@ def test_what_the_operator_says_of_sasl_and_ssl_reaches_every_client(tmp_path: P
             kafka_ssl_password="k3y",
         ).kafka
     )
-    assert settings.items() >= {
-        "security_protocol": "SASL_SSL",
-        "sasl_mechanism": "SCRAM-SHA-512",
-        "sasl_plain_username": "heed",
-        "sasl_plain_password": "s3cret",
-        "ssl_cafile": str(tmp_path / "ca.pem"),
-        "ssl_certfile": str(tmp_path / "own.pem"),
-        "ssl_keyfile": str(tmp_path / "own.key"),
-        "ssl_password": "k3y",
-    }.items()
+    assert (
+        settings.items()
+        >= {
+            "security_protocol": "SASL_SSL",
+            "sasl_mechanism": "SCRAM-SHA-512",
+            "sasl_plain_username": "heed",
+            "sasl_plain_password": "s3cret",
+            "ssl_cafile": str(tmp_path / "ca.pem"),
+            "ssl_certfile": str(tmp_path / "own.pem"),
+            "ssl_keyfile": str(tmp_path / "own.key"),
+            "ssl_password": "k3y",
+        }.items()
+    )
     assert settings["bootstrap_servers"] == ["one:9093", "two:9093"]
 
 

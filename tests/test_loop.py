@@ -15,6 +15,7 @@ import torch
 from feedback.board import SqliteBoard, Story, furthest
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, RELEASES, Exchange, Feedback, Release, Retraction
+from feedback.keeping import Keep
 from feedback.log import LogUnavailable
 from feedback.sqlite_log import SqliteLog
 from learner import checkpoint
@@ -128,7 +129,10 @@ class World:
         self.close_learner()
         self.log = SqliteLog(self.folder / "log", [RELEASES])
         self.board = SqliteBoard(self.folder / "board" / "learner.db", self.folder / "board" / "server.db")
-        self.state = State(self.config.folder / "state.db", policy="default", base=self.trainer.base.fingerprint)
+        keep = Keep.of(self.config.state_keep_days, self.config.state_keep_mb)
+        self.state = State(
+            self.config.folder / "state.db", policy="default", base=self.trainer.base.fingerprint, keep=keep
+        )
         self.open = [self.log, self.board, self.state]
         self.learner = Learner(
             self.config,
@@ -630,6 +634,56 @@ def test_feedback_is_given_up_only_when_its_exchange_is_nowhere(make: Callable[.
     assert world.report()["feedback"]["dropped"] == {"no_exchange": 1}
 
 
+def test_feedback_whose_exchange_comes_late_is_joined_and_its_story_says_so(make: Callable[..., World]):
+    world = make(join_wait_s=50)
+    world.tell(exchange("r"), feedback("late", "in an outbox", at=NOW - 100))
+    world.run()
+    assert world.steps("late") == ["dropped"]
+    world.now += 3600
+    world.tell(exchange("in an outbox", at=NOW - 200))
+    world.run()
+    assert world.steps("late") == ["dropped", "joined"]
+    assert furthest(world.story("late")) == "joined"
+    counts = world.report()["feedback"]
+    assert (counts["late"], counts["dropped"], counts["learned_from"]) == (1, {}, 1)
+    text = world.metrics.text().decode()
+    assert 'heed_feedback_fates{fate="late"} 1.0' in text
+    # a counter that fell would read as one that began anew
+    assert 'heed_feedback_dropped_total{reason="no_exchange"} 1.0' in text
+
+
+def test_what_grows_old_leaves_the_state_while_the_learner_runs(make: Callable[..., World]):
+    world = make(join_wait_s=50, state_keep_days=1)
+    world.thumbs(2)
+    world.run()
+    world.now += 86_400 - 40
+    world.thumbs(1)
+    world.run()
+    assert world.report()["feedback"]["learned_from"] == 3
+    world.now += 100
+    world.run()
+    assert world.report()["feedback"]["learned_from"] == 1
+    assert world.report()["feedback"]["dropped"] == {"too_old": 2}
+    assert 'heed_feedback_dropped_total{reason="too_old"} 2.0' in world.metrics.text().decode()
+    assert world.state.prompts(10) == [(1, 2, 3)]
+
+
+def test_nothing_leaves_the_state_before_the_log_is_read_to_its_end(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+):
+    world = make(join_wait_s=50, state_keep_days=1)
+    world.thumbs(1)
+    world.run()
+    world.now += 200_000
+    monkeypatch.setattr("learner.intake.BATCH", 1)
+    for number in range(3):
+        world.tell(exchange(f"e{number}", at=world.now))
+    while world.learner.intake.absorb():
+        if world.learner.intake.lag(world.log.end(EXCHANGES)):
+            assert world.state.db.execute("SELECT count(*) FROM exchanges WHERE reply_id = 'r1'").fetchone() == (1,)
+    assert world.state.db.execute("SELECT count(*) FROM exchanges WHERE reply_id = 'r1'").fetchone() == (0,)
+
+
 def test_freshness_is_measured_from_when_the_server_serves(world: World):
     world.thumbs(4)
     world.run()
@@ -640,6 +694,41 @@ def test_freshness_is_measured_from_when_the_server_serves(world: World):
     assert world.report()["freshness"] == {"p50": 12.0, "p95": 12.0, "count": 4}
     assert world.steps("f1")[-1] == "served"
     assert b"heed_freshness_seconds_count 4.0" in world.metrics.text()
+
+
+def test_every_fate_of_feedback_is_a_number_from_the_start():
+    text = LearnerMetrics().text().decode()
+    for reason in ("no_exchange", "too_old", "conflict", "malformed", "newer_schema"):
+        assert f'heed_feedback_dropped_total{{reason="{reason}"}} 0.0' in text
+    for fate in ("pending", "joined", "superseded", "retracted", "duplicate", "late"):
+        assert f'heed_feedback_fates{{fate="{fate}"}} 0.0' in text
+
+
+def test_the_metrics_count_every_fate(make: Callable[..., World]):
+    world = make(join_wait_s=50, update_min_feedback=100, state_keep_days=1)
+    world.tell(
+        exchange("r"),
+        feedback("joined", "r", user="ann"),
+        feedback("joined", "r", user="ann"),
+        feedback("joined", "r", user="ann", value=0, at=NOW + 1),
+        feedback("superseded", "r", user="bob"),
+        feedback("superseding", "r", user="bob", value=0),
+        feedback("retracted", "r", user="cy"),
+        retraction("retracted"),
+        feedback("pending", "q"),
+        feedback("unknown", "nowhere", at=NOW - 100),
+        feedback("too old", "r", at=NOW - 100_000),
+        feedback("malformed", "r", value=0.5),
+    )
+    world.server_log.append(FEEDBACK, "key", '{"schema": 99}')
+    world.run()
+    world.learner.report()
+    text = world.metrics.text().decode()
+    for reason in ("no_exchange", "too_old", "conflict", "malformed", "newer_schema"):
+        assert f'heed_feedback_dropped_total{{reason="{reason}"}} 1.0' in text
+    counts = {"pending": 1, "joined": 2, "superseded": 1, "retracted": 1, "duplicate": 1, "late": 0}
+    for fate, count in counts.items():
+        assert f'heed_feedback_fates{{fate="{fate}"}} {count}.0' in text
 
 
 def test_the_metrics_tell_of_the_update(world: World):

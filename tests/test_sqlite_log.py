@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from feedback import sqlite_log
+from feedback import sqlite_topic
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, RELEASES
 from feedback.log import LogUnavailable, open_log
@@ -78,15 +78,15 @@ def test_open_log_lies_in_the_data_folder(tmp_path: Path) -> None:
 def test_what_waits_is_written_in_one_transaction(log: SqliteLog, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     first_is_in, go_on = threading.Event(), threading.Event()
-    append = sqlite_log._TopicFile.append
+    write = sqlite_topic.TopicFile.write
 
-    def slow_append(file: sqlite_log._TopicFile, entries: list[sqlite_log._Entry]) -> list[int]:
+    def slow_write(file: sqlite_topic.TopicFile, entries: list[sqlite_topic.Entry]) -> list[int]:
         batches.append(len(entries))
         first_is_in.set()
         go_on.wait(10)
-        return append(file, entries)
+        return write(file, entries)
 
-    monkeypatch.setattr(sqlite_log._TopicFile, "append", slow_append)
+    monkeypatch.setattr(sqlite_topic.TopicFile, "write", slow_write)
     futures = [log.submit(FEEDBACK, "key", "0")]
     assert first_is_in.wait(10)
     futures += [log.submit(FEEDBACK, "key", str(number)) for number in range(1, 100)]
@@ -265,14 +265,14 @@ log.close()
 def test_whatever_goes_wrong_within_a_batch_fails_that_batch_alone(
     log: SqliteLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    insert = sqlite_log._insert
+    insert = sqlite_topic._insert
 
-    def refuse(db: sqlite3.Connection, entry: sqlite_log._Entry) -> int:
+    def refuse(db: sqlite3.Connection, entry: sqlite_topic.Entry) -> int:
         if entry.key == "cursed":
             raise MemoryError("no room to think")
         return insert(db, entry)
 
-    monkeypatch.setattr(sqlite_log, "_insert", refuse)
+    monkeypatch.setattr(sqlite_topic, "_insert", refuse)
     assert log.append(FEEDBACK, "key", "{}") == 1
     with pytest.raises(LogUnavailable, match="no room to think; the event was not kept"):
         log.append(FEEDBACK, "cursed", "{}")
