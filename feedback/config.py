@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 UNBUILT: Mapping[str, str | None] = {
     "kafka_bootstrap": None,
-    "redis_url": None,
     "api_keys_file": None,
     "insecure": None,
     "canary_share": "0",
@@ -54,9 +54,36 @@ class FeedbackConfig(Settings):
         description="key that signs reply and feedback ids; servers that share traffic share it; "
         "none: made once, in the data folder",
     )
+    redis_url: str | None = Field(
+        None,
+        repr=False,
+        description="the Redis that servers and the learner share for speed: `redis://:password@host:6379/0`, `rediss://…` "
+        "(TLS) or `unix:///path/to/socket`; none: files in the data folder",
+    )
     join_wait_s: float = Field(
         86400, ge=0, le=31_536_000, description="how long feedback waits for its exchange before it is dropped, seconds"
     )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: str | None) -> str | None:
+        if value is None or _is_redis(value):
+            return value
+        raise ValueError(
+            "must be redis://[[user]:password@]host[:port][/number], the same with rediss:// (TLS), or unix:///path; "
+            "in a password, %-escape / ? # @ and :"
+        )
+
+
+def _is_redis(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:  # what stands there is no port, or no address
+        return False
+    if parts.scheme == "unix":
+        return parts.path.startswith("/")
+    return parts.scheme in ("redis", "rediss") and host is not None and (parts.path.strip("/") or "0").isdigit()
 
 
 class SettingError(Exception):

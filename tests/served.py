@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import torch
@@ -38,6 +38,7 @@ TEMPLATE = (
 )
 MAX_LEN = 192
 Wrap = Callable[[Log], Log]
+T = TypeVar("T")
 
 
 def make_model(folder: Path, length: int = MAX_LEN) -> Path:
@@ -134,6 +135,10 @@ class Served:
         body = {"model": "default", "messages": [{"role": "user", "content": text}], "max_tokens": 6, **more}
         return self.http.post("/v1/chat/completions", json=body)
 
+    def ask(self, question: Coroutine[Any, Any, T]) -> T:
+        """What the board answers, asked where the server runs."""
+        return asyncio.run_coroutine_threadsafe(question, self.loop).result(10)
+
     def exchanges(self) -> list[Exchange]:
         events = [parse_event(record.event) for record in self.wiring.log.read(EXCHANGES, 0, 10_000)]
         return [event for event in events if isinstance(event, Exchange)]
@@ -183,10 +188,10 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     store = AdapterStore(config.adapter_root, feedback.policy)
     app = create_app(config, ids=Ids(load_secret(feedback)), log=log(real), board=board, store=store)
     wiring: Wiring = app.state.wiring
+    loop = wiring.loop = asyncio.new_event_loop()
     if speaks:
         wiring.speaker = load_speaker(config, wiring)
     server = _Uvicorn(uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None, log_level="warning"))
-    loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), name="test-server")
     thread.start()
     Served.until(lambda: server.started or not thread.is_alive())
@@ -202,10 +207,10 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
             wiring.speaker.swapper.close()
             wiring.speaker.engine.close()
         loop.run_until_complete(wiring.settle())
+        loop.run_until_complete(board.close())
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
         real.close()
-        board.close()
 
 
 def config_for(data: Path, model: Path, **settings: Any) -> ServingConfig:

@@ -249,7 +249,7 @@ def test_a_flag_that_is_no_setting_is_a_mistake_of_ours() -> None:
 def test_the_reference_lists_every_setting_with_default_and_bounds() -> None:
     docs = {doc.name: doc for doc in reference(Outer)}
     assert list(docs)[:2] == ["HEED_DATA", "HEED_POLICY"]
-    assert len(docs) == 4 + 4 + 4
+    assert len(docs) == 5 + 4 + 4
     assert docs["HEED_PORT"] == SettingDoc("HEED_PORT", "port", "8000", "a whole number from 0 to 65535", "TCP port.")
     assert docs["HEED_SECRET"].default == "not set"
     assert docs["HEED_VERBOSE"].default == "false"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from feedback.board import SqliteBoard, Story, furthest
+from feedback.board import Story, furthest
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, RELEASES, Exchange, Feedback, Release, Retraction
 from feedback.log import LogUnavailable
+from feedback.sqlite_board import SqliteBoard
 from feedback.sqlite_log import SqliteLog
 from learner import checkpoint
+from learner.board import LearnersBoard
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.ledger import Ledger
@@ -127,7 +130,9 @@ class World:
         """Another process takes over: everything is opened anew."""
         self.close_learner()
         self.log = SqliteLog(self.folder / "log", [RELEASES])
-        self.board = SqliteBoard(self.folder / "board" / "learner.db", self.folder / "board" / "server.db")
+        self.board = LearnersBoard(
+            SqliteBoard(self.folder / "board" / "learner.db", self.folder / "board" / "server.db")
+        )
         self.state = State(self.config.folder / "state.db", policy="default", base=self.trainer.base.fingerprint)
         self.open = [self.log, self.board, self.state]
         self.learner = Learner(
@@ -151,7 +156,7 @@ class World:
     def close(self) -> None:
         self.close_learner()
         self.server_log.close()
-        self.server_board.close()
+        asyncio.run(self.server_board.close())
 
     def tell(self, *events: Exchange | Feedback | Retraction) -> None:
         for event in events:
@@ -173,13 +178,13 @@ class World:
     def report(self) -> dict[str, Any]:
         """As the server reads it for GET /v1/policy."""
         self.learner.report()
-        report = self.server_board.report("policy")
+        report = asyncio.run(self.server_board.report("policy"))
         assert report is not None
         parsed: dict[str, Any] = json.loads(report)
         return parsed
 
     def story(self, feedback_id: str) -> list[Story]:
-        return self.server_board.story(feedback_id)
+        return asyncio.run(self.server_board.story(feedback_id))
 
     def steps(self, feedback_id: str) -> list[str]:
         return [step.status for step in self.story(feedback_id)]
@@ -299,7 +304,7 @@ def test_after_a_reward_model_that_knew_too_little_fewer_are_enough(make: Callab
 
 
 def test_an_update_by_hand_needs_only_something_to_learn_from(world: World):
-    world.server_board.ask_update(world.now)
+    asyncio.run(world.server_board.ask_update(world.now))
     world.run()
     assert world.trainer.calls == []
     world.now += 1
@@ -309,7 +314,7 @@ def test_an_update_by_hand_needs_only_something_to_learn_from(world: World):
     world.run()
     assert len(world.trainer.calls) == 1
     world.now += 1
-    world.server_board.ask_update(world.now)
+    asyncio.run(world.server_board.ask_update(world.now))
     world.now += 1
     world.run()
     assert len(world.trainer.calls) == 2
@@ -338,7 +343,7 @@ def test_a_gate_that_says_no_ships_nothing_and_says_why(world: World):
 def test_while_paused_it_listens_and_starts_nothing(world: World):
     world.store.change("pause", "operator", reason="holidays")
     world.thumbs(4)
-    world.server_board.ask_update(world.now)
+    asyncio.run(world.server_board.ask_update(world.now))
     world.run()
     assert world.trainer.calls == []
     assert world.steps("f4") == ["joined"]
@@ -430,7 +435,7 @@ def test_feedback_that_comes_during_an_update_is_heard_and_left_for_the_next(wor
 
     def watched(phase: str, fraction: float) -> None:
         progress(phase, fraction)
-        seen.append(json.loads(world.server_board.report("policy") or "{}")["why"])
+        seen.append(json.loads(asyncio.run(world.server_board.report("policy")) or "{}")["why"])
 
     world.learner.progress = watched  # type: ignore[method-assign]
     world.run()
@@ -634,7 +639,7 @@ def test_freshness_is_measured_from_when_the_server_serves(world: World):
     world.thumbs(4)
     world.run()
     assert world.report()["freshness"] == {"p50": None, "p95": None, "count": 0}
-    world.server_board.activated(1, NOW + 12)
+    asyncio.run(world.server_board.activated(1, NOW + 12))
     world.now += 20
     world.run()
     assert world.report()["freshness"] == {"p50": 12.0, "p95": 12.0, "count": 4}
