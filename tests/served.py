@@ -23,7 +23,7 @@ from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, Exchange, Feedback, Retraction, parse_event
 from feedback.log import Log, LogUnavailable, Offset, Record, open_log
 from serving.adapters import AdapterStore, Base
-from serving.app import create_app
+from serving.app import create_app, follow_hints
 from serving.config import ServingConfig
 from serving.ids import Ids, load_secret
 from serving.lora import AdapterWeights
@@ -192,6 +192,7 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     if speaks:
         wiring.speaker = load_speaker(config, wiring)
     server = _Uvicorn(uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None, log_level="warning"))
+    hints = loop.create_task(follow_hints(wiring))
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), name="test-server")
     thread.start()
     Served.until(lambda: server.started or not thread.is_alive())
@@ -202,6 +203,7 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     finally:
         server.should_exit = True
         thread.join()
+        hints.cancel()
         loop.run_until_complete(wiring.settle())
         if wiring.speaker is not None:
             wiring.speaker.swapper.close()
@@ -215,7 +217,7 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
 
 def config_for(data: Path, model: Path, **settings: Any) -> ServingConfig:
     return ServingConfig(
-        feedback=FeedbackConfig(data=data),
+        feedback=FeedbackConfig(data=data, redis_url=settings.pop("redis_url", None)),
         model=str(model),
         threads=1,
         **{"port": 0, "max_rows": 4, "admin_token": "let-me-in", "drain_delay_s": 0.0, "ask_share": 0.0} | settings,
