@@ -10,6 +10,19 @@ MOST = 50_000
 
 MINUTE_S = 60.0
 
+TAKE = """
+local time = redis.call('TIME')
+local now, minute = time[1] * 1000000 + time[2], 60000000
+local each = minute / ARGV[1]
+local full = math.min(math.max(now, tonumber(redis.call('GET', KEYS[1]) or 0)), now + minute)
+local wait = full + each - now - minute
+if wait > 0 then return math.ceil(wait) end
+redis.call('SET', KEYS[1], string.format('%.0f', full + each), 'PX', math.ceil((full + each - now) / 1000))
+return 0
+"""
+"""A Lua script for Redis: `Buckets.take` by the clock of Redis, of the bucket KEYS[1] that holds ARGV[1] and is forgotten
+once it is full. Returns microseconds."""
+
 
 class Buckets:
     """The buckets of this process."""

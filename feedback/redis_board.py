@@ -11,6 +11,7 @@ volatile-ttl` is the right one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.client import Pipeline, PubSub
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -27,10 +28,13 @@ from redis.exceptions import RedisError, ResponseError
 from feedback.board import Board, Receipt, Story
 from feedback.breaker import Breaker
 from feedback.conversations import Place
-from feedback.quotas import Buckets
+from feedback.quotas import TAKE, Buckets
+from feedback.redis_hints import Hints
 
 TIMEOUT_S = 0.05
 """The longest that anyone waits for an answer, connecting included."""
+CLOSE_S = 1.0
+"""How long connections may take to end, and how long a person waits."""
 CONNECTIONS = 16
 BATCH = 100
 """Stories written with one operation: as many as come through in a fraction of TIMEOUT_S."""
@@ -38,18 +42,6 @@ BATCH = 100
 DAY_S = 86_400
 EXCHANGE_S, TURN_S, RECEIPT_S, STORY_S = DAY_S, 7 * DAY_S, 7 * DAY_S, 30 * DAY_S
 """After so many seconds each is forgotten."""
-
-# a token bucket as one number: when it is full again, in microseconds of Redis' clock; all servers see the same
-_TAKE = """
-local time = redis.call('TIME')
-local now, minute = time[1] * 1000000 + time[2], 60000000
-local each = minute / ARGV[1]
-local full = math.min(math.max(now, tonumber(redis.call('GET', KEYS[1]) or 0)), now + minute)
-local wait = full + each - now - minute
-if wait > 0 then return math.ceil(wait) end
-redis.call('SET', KEYS[1], string.format('%.0f', full + each), 'PX', math.ceil((full + each - now) / 1000))
-return 0
-"""
 
 T = TypeVar("T")
 
@@ -73,7 +65,7 @@ class RedisBoard(Board):
         self._policy = f"heed:{policy}:"
         self._breaker = Breaker("Redis")
         self._buckets = Buckets()
-        self._heard: dict[str, PubSub] = {}
+        self._hints = Hints(self._policy + "hint:")
         self._first: dict[int, float] = {}  # activations, as far as this process knows: Redis may forget them
         self._owed = False  # whether Redis has missed some of them
 
@@ -112,7 +104,7 @@ class RedisBoard(Board):
         """By Redis' clock and for all servers together; while it is away, by this process's own count."""
         who = hashlib.blake2b(caller.encode(), digest_size=16).hexdigest()
         wait_us: int | None = await self._ask(
-            lambda redis: redis.eval(_TAKE, 1, f"heed::quota:{who}", per_minute), None, wrote=True
+            lambda redis: redis.eval(TAKE, 1, f"heed::quota:{who}", per_minute), None, wrote=True
         )
         return self._buckets.take(caller, per_minute) if wait_us is None else wait_us / 1e6
 
@@ -177,48 +169,38 @@ class RedisBoard(Board):
         return await self._ask(write, False, wrote=True)
 
     async def hint(self, name: str) -> None:
-        await self._ask(lambda redis: redis.publish(f"{self._policy}hint:{name}", ""), 0)
+        await self._ask(lambda redis: redis.publish(self._hints.channel(name), ""), 0)
 
     async def wait_for_hint(self, name: str, at_most_s: float) -> bool:
         clock = asyncio.get_running_loop().time
         until = clock() + at_most_s
         try:
             async with asyncio.timeout_at(until):
-                if name in self._heard or await self._ask(lambda redis: self._listen(redis, name), False):
-                    return await self._hear(name)
+                if name in self._hints or await self._ask(lambda redis: self._hints.listen(redis, name), False):
+                    return await self._hints.hear(name)
         except TimeoutError:
             return False
         except (RedisError, OSError):  # the connection broke: the next call makes another
-            await self._stop_listening(name)
+            await self._hints.drop(name)
         await asyncio.sleep(until - clock())
         return False
 
-    async def _listen(self, redis: Redis, name: str) -> bool:
-        heard = redis.pubsub()
-        try:
-            await heard.subscribe(f"{self._policy}hint:{name}")
-        except BaseException:
-            await heard.aclose()
-            raise
-        self._heard[name] = heard
-        return True
-
-    async def _hear(self, name: str) -> bool:
-        """Wait until a hint comes, and take with it all that have come."""
-        while (said := await self._heard[name].get_message(timeout=None)) is None or said["type"] != "message":
-            pass
-        while await self._heard[name].get_message(timeout=0.0) is not None:
-            pass
-        return True
-
-    async def _stop_listening(self, name: str) -> None:
-        if name in self._heard:
-            await self._heard.pop(name).aclose()
-
     async def close(self) -> None:
-        for name in list(self._heard):
-            await self._stop_listening(name)
-        await self._redis.aclose()
+        with contextlib.suppress(TimeoutError, RedisError, OSError):
+            async with asyncio.timeout(CLOSE_S):
+                await self._hints.close()
+                await self._redis.aclose()
+
+    async def trouble(self) -> str | None:
+        """Why Redis cannot be used, in words; None where it can (for `heed check`, which may wait longer than others)."""
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._redis.set(self._policy + "check", "", ex=1)
+        except TimeoutError:
+            return f"it does not answer within {CLOSE_S:g} s"
+        except (RedisError, OSError) as error:
+            return str(error)
+        return None
 
     async def _tell(self, add: Callable[[Pipeline], object]) -> bool:
         """Have Redis do what `add` puts into a pipeline; True once it has."""
@@ -260,4 +242,5 @@ class RedisBoard(Board):
 
 
 async def _run_of(redis: Redis) -> Any:
-    return (await redis.info("server"))["run_id"]
+    """What names this run of Redis; empty where a proxy hides it."""
+    return (await redis.info("server")).get("run_id", "")

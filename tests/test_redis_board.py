@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
+from feedback import redis_board
 from feedback.board import RELEASE_HINT, WORK_HINT, Story
 from feedback.breaker import REST_S
-from tests.test_board import chat, turn
-
-pytest.importorskip("redis")
-from feedback import redis_board
 from feedback.redis_board import CONNECTIONS, RedisBoard
+from tests.test_board import chat, turn
 from tests.valkey import Valkey, free_port
 
 pytestmark = pytest.mark.anyio
