@@ -57,7 +57,7 @@ class RedisBoard(Board):
             timeout=None,  # each wait is bounded in `_ask`, by a clock that all of its steps share
             socket_timeout=None,
             socket_connect_timeout=None,
-            retry=Retry(NoBackoff(), 0),  # redis-py's own retries ten times, and sleeps between
+            retry=Retry(NoBackoff(), 0),  # a client's default may be ten, with sleep between them
             protocol=2,
             decode_responses=True,
         )

@@ -127,6 +127,19 @@ async def test_while_it_is_away_one_asks_and_the_others_are_answered_at_once(boa
     assert await prober is None
 
 
+async def test_one_who_asked_again_and_gave_up_keeps_nobody_else_from_asking(board: RedisBoard, valkey: Valkey) -> None:
+    await board.put_exchange("reply", "{}")
+    valkey.pause()
+    await asyncio.gather(*(board.get_exchange("reply") for _ in range(3)))
+    await asyncio.sleep(REST_S)
+    prober = asyncio.create_task(board.get_exchange("reply"))
+    await asyncio.sleep(0.01)
+    prober.cancel()
+    await asyncio.wait([prober])
+    valkey.resume()
+    await until(lambda: board.get_exchange("reply"))
+
+
 async def test_while_it_is_away_each_server_counts_by_itself(opened: Callable[..., RedisBoard], valkey: Valkey) -> None:
     one, two = opened(), opened()
     assert [await one.take("ann", 2), await two.take("ann", 2)] == [0.0, 0.0]
