@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import tempfile
@@ -52,6 +53,8 @@ def findings(config: LearnerConfig) -> Iterator[Finding]:
     if usable:
         yield from guarded("log", lambda: log(config))
         yield from guarded("clock", lambda: clock(config))
+    if config.serving.feedback.redis_url is not None:
+        yield redis(config.serving.feedback.redis_url, config.serving.feedback.policy)
     yield from guarded("model", lambda: model_and_adapters(config, adapters=usable))
     yield server(config)
     yield learner(config)
@@ -97,6 +100,23 @@ def log(config: LearnerConfig) -> Iterator[Finding]:
     finally:
         opened.close()
     yield Finding("log", "ok", f"readable: {counts}")
+
+
+def redis(url: str, policy: str) -> Finding:
+    from feedback.redis_board import RedisBoard
+
+    async def trouble() -> str | None:
+        board = RedisBoard(url, policy)
+        try:
+            return await board.trouble()
+        finally:
+            await board.close()
+
+    found = asyncio.run(trouble())
+    if found is None:
+        return Finding("redis", "ok", "answers, and keeps what it is given")
+    do = "Start it, or see HEED_REDIS_URL. Until then all goes on, and servers share nothing."
+    return Finding("redis", "fail", found, do)
 
 
 def clock(config: LearnerConfig) -> Iterator[Finding]:

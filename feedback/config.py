@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 UNBUILT: Mapping[str, str | None] = {
-    "redis_url": None,
     "api_keys_file": None,
     "insecure": None,
     "canary_share": "0",
@@ -43,7 +43,7 @@ class KafkaConfig(Settings):
     kafka_bootstrap: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="Kafka brokers, host:port, which then keep the log; none: it is kept in the data folder",
+        description="the brokers, host:port, of the Kafka that keeps the log; none: it is kept in the data folder",
     )
     kafka_partitions: int = Field(
         6,
@@ -79,8 +79,6 @@ class KafkaConfig(Settings):
 class FeedbackConfig(Settings):
     """Where everything is kept, and for whom."""
 
-    kafka: KafkaConfig = Field(default_factory=KafkaConfig)
-
     data: Path = Field(Path("heed-data"), description="folder of everything that this server and its learner keep")
     policy: str = Field(
         "default",
@@ -94,9 +92,16 @@ class FeedbackConfig(Settings):
         description="key that signs reply and feedback ids; servers that share traffic share it; "
         "none: made once, in the data folder",
     )
+    redis_url: str | None = Field(
+        None,
+        repr=False,
+        description="the Redis that servers and the learner share for speed: `redis://:password@host:6379/0`, `rediss://…` "
+        "(TLS) or `unix:///path/to/socket`; none: files in the data folder",
+    )
     join_wait_s: float = Field(
         86400, ge=0, le=31_536_000, description="how long feedback waits for its exchange before it is dropped, seconds"
     )
+    kafka: KafkaConfig = Field(default_factory=KafkaConfig)
     outbox_mb: int = Field(
         1000,
         ge=1,
@@ -114,6 +119,27 @@ class FeedbackConfig(Settings):
     log_keep_mb: int = Field(
         0, ge=0, le=1_000_000_000, description="megabytes of a topic that stay in the log, the newest; 0: all"
     )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: str | None) -> str | None:
+        if value is None or _is_redis(value):
+            return value
+        raise ValueError(
+            "must be redis://[[user]:password@]host[:port][/number], the same with rediss:// (TLS), or unix:///path; "
+            "in a password, %-escape / ? # @ and :"
+        )
+
+
+def _is_redis(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:  # what stands there is no port, or no address
+        return False
+    if parts.scheme == "unix":
+        return parts.path.startswith("/")
+    return parts.scheme in ("redis", "rediss") and host is not None and (parts.path.strip("/") or "0").isdigit()
 
 
 class SettingError(Exception):
@@ -241,17 +267,16 @@ def _constraints(item: object) -> Iterator[tuple[str, object]]:
 
 
 def _leaves(config: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """The fields of a configuration and of the configurations inside it, outermost last: the order of the imports."""
-    seen: set[str] = set()
-    for inner in _inner(config).values():
-        for key, field in _leaves(inner):
+    """The fields of a configuration and of the configurations inside it, in the order in which they are written down."""
+    inner, seen = _inner(config), set[str]()
+    for name, field in config.model_fields.items():
+        for key, leaf in _leaves(inner[name]) if name in inner else [(name, field)]:
+            if key in seen:
+                raise ValueError(
+                    f"{config.__name__} has the setting {key!r} twice: names are flat, so each may occur once"
+                )
             seen.add(key)
-            yield key, field
-    for key, field in config.model_fields.items():
-        if key in seen:
-            raise ValueError(f"{config.__name__} has the setting {key!r} twice: names are flat, so each may occur once")
-        if key not in _inner(config):
-            yield key, field
+            yield key, leaf
 
 
 def _inner(config: type[BaseModel]) -> dict[str, type[BaseModel]]:

@@ -44,8 +44,9 @@ def topic_settings(topic: str, config: FeedbackConfig) -> dict[str, str]:
 
 
 def prepare_topics(admin: KafkaAdminClient, topics: Collection[str], config: FeedbackConfig) -> dict[str, int]:
-    """Make the topics that are missing, report those that are otherwise; topic → bytes of the largest event it takes, where known.
+    """Make the topics that are missing, report those that are otherwise; topic → bytes of its largest event.
 
+    A topic whose settings we may not see is missing from the answer.
     Raises kafka.errors.KafkaError.
     """
     there = {topic["name"]: topic for topic in admin.describe_topics(sorted(topics)) if not topic["error_code"]}

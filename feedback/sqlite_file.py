@@ -125,16 +125,17 @@ class OwnFile:
         """The rows; none while the file cannot be used."""
         return self._use(lambda db: db.execute(sql, values).fetchall()) or []
 
-    def write(self, statements: Sequence[Statement]) -> None:
-        """Execute all of it in one transaction; nothing while the file cannot be used."""
+    def write(self, statements: Sequence[Statement]) -> bool:
+        """Execute all of it in one transaction, and True; nothing and False while the file cannot be used."""
 
-        def in_one_transaction(db: sqlite3.Connection) -> None:
+        def in_one_transaction(db: sqlite3.Connection) -> bool:
             db.execute("BEGIN IMMEDIATE")
             for sql, values in statements:
                 db.execute(sql, values)
             db.execute("COMMIT")
+            return True
 
-        self._use(in_one_transaction)
+        return self._use(in_one_transaction) is True
 
     def close(self) -> None:
         with self._lock:

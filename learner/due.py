@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from feedback.board import Board
+from learner.board import LearnersBoard
 from learner.config import LearnerConfig
 from learner.ledger import Ledger, Update
 from learner.state import State
@@ -14,7 +14,7 @@ class Due:
     """Weighs what came since the last update against the settings and the operator's wish."""
 
     def __init__(
-        self, config: LearnerConfig, board: Board, state: State, ledger: Ledger, clock: Callable[[], float]
+        self, config: LearnerConfig, board: LearnersBoard, state: State, ledger: Ledger, clock: Callable[[], float]
     ) -> None:
         self.config = config
         self.board = board

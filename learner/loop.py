@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from feedback.board import Board
 from feedback.log import Log, LogUnavailable
+from learner.board import LearnersBoard
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.due import Due
@@ -43,6 +43,8 @@ JUDGEMENTS = 4096
 PROMPTS = 4096
 """Rollouts are made from at most so many of the newest distinct prompts."""
 POLL_S = 0.25
+GATHER_S = 0.05
+"""After a hint, so that what comes in quick succession is absorbed together."""
 LONGEST_WAIT_S = 60.0
 BEAT_S = 1.0
 """Between two looks around while an update runs."""
@@ -65,7 +67,7 @@ class Learner:
         config: LearnerConfig,
         *,
         log: Log,
-        board: Board,
+        board: LearnersBoard,
         store: AdapterStore,
         state: State,
         trainer: Trainer,
@@ -74,6 +76,7 @@ class Learner:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
+        self.board = board
         self.store = store
         self.state = state
         self.trainer = trainer
@@ -108,7 +111,8 @@ class Learner:
             if not busy:
                 if until_idle:
                     return
-                self.stopping.wait(POLL_S)
+                if self.board.wait_for_work(POLL_S):
+                    self.stopping.wait(GATHER_S)
 
     def step(self) -> bool:
         """Look around, then do the update that is due. False when there is nothing to do but wait."""
@@ -260,6 +264,7 @@ class Learner:
             return update
         if outcome == "passed_over":
             return self.ended(self.ledger.passed_over(update, why, self.clock()))
+        self.board.say_released()
         update = self.ended(self.ledger.released(update, self.clock()))
         self.store.prune()
         return update

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from feedback.board import Board, Story
+from feedback.board import Story
+from learner.board import LearnersBoard
 from learner.ledger import Update
 from learner.metrics import LearnerMetrics
 from learner.state import State
@@ -24,24 +25,31 @@ _log = logging.getLogger(__name__)
 class Notices:
     """Tells the board, the metrics and the log what the learner does."""
 
-    def __init__(self, board: Board, state: State, metrics: LearnerMetrics) -> None:
+    def __init__(self, board: LearnersBoard, state: State, metrics: LearnerMetrics) -> None:
         self.board = board
         self.state = state
         self.metrics = metrics
         self._activations: Mapping[int, float] = {}
+        self._all_untold = False
         self.trouble: str | None = None
         """What is away, while it is."""
 
     def stories(self) -> bool:
         """Tell the board what happened to feedback since the last time, or all if it was emptied; true if anything."""
-        if self.board.report(REPORT) is None:
-            self.state.tell_all_again()
         told = False
+        if self.board.forgot():
+            if not self._all_untold:  # not again and again while the board takes nothing
+                self.state.tell_all_again()
+            self._all_untold = not self.board.begin_epoch()
+            if self._all_untold:
+                return False
+            told = True
         while lines := self.state.untold():
             stories: defaultdict[str, list[Story]] = defaultdict(list)
             for line in lines:
                 stories[line.feedback_id].append(line.step)
-            self.board.write_stories(stories)
+            if not self.board.write_stories(stories):
+                break  # it is away: told as soon as it is back
             self.state.mark_told(lines)
             told = True
         return told

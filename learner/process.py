@@ -20,6 +20,7 @@ from feedback.board import open_board
 from feedback.events import RELEASES
 from feedback.keeping import Keep
 from feedback.log import LogUnavailable, open_log
+from learner.board import LearnersBoard
 from learner.config import LearnerConfig
 from learner.metrics import LearnerMetrics, MetricsServer
 from learner.state import State
@@ -88,7 +89,7 @@ def _learn(
     torch.set_num_threads(config.learner_threads or min(torch.get_num_threads(), cores()))
     log = _patiently(lambda: open_log(config.serving.feedback, writes={RELEASES}), stopping)
     stack.callback(log.close)
-    board = open_board(config.serving.feedback, "learner")
+    board = LearnersBoard(open_board(config.serving.feedback, "learner"))
     stack.callback(board.close)
     try:
         trainer = Trainer(config)

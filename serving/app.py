@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from feedback.board import Board
+from feedback.board import RELEASE_HINT, Board
 from feedback.log import Log
 from serving.adapters import AdapterStore
 from serving.config import ServingConfig
@@ -24,6 +25,9 @@ from serving.routes import admin, chat, feedback, operations, policy
 from serving.routes.door import Door
 from serving.routes.wiring import Speaker, Wiring
 from serving.swap import SwapReport
+
+HINT_WAIT_S = 5.0
+"""After which a connection that broke while waiting for a hint is made again."""
 
 
 def create_app(
@@ -82,7 +86,14 @@ def on_swap(wiring: Wiring, report: SwapReport) -> None:
     if report.outcome != "drained":
         metrics.swaps.labels(report.outcome).inc()
     if report.outcome == "activated":
-        wiring.board.activated(report.version, time.time())
+        wiring.go_on_in_loop(partial(wiring.board.activated, report.version, time.time()))
+
+
+async def follow_hints(wiring: Wiring) -> None:
+    """For as long as the server lives: look at the release as soon as somebody says that it was changed."""
+    while True:
+        if await wiring.board.wait_for_hint(RELEASE_HINT, HINT_WAIT_S) and wiring.speaker is not None:
+            wiring.speaker.swapper.look_soon()
 
 
 def _now(wiring: Wiring) -> Now:

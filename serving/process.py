@@ -30,7 +30,7 @@ from feedback.board import open_board
 from feedback.events import EXCHANGES, FEEDBACK
 from feedback.log import LogUnavailable, open_log
 from serving.adapters import AdapterStore, describe_base
-from serving.app import base_name, create_app, on_swap
+from serving.app import base_name, create_app, follow_hints, on_swap
 from serving.chat import Chat
 from serving.claims import LEAVING, CannotStart, hold, listen, prepare_folder
 from serving.config import ServingConfig
@@ -110,12 +110,14 @@ class _Server(uvicorn.Server):
 
     async def run(self, sockets: list[socket.socket]) -> None:  # type: ignore[override]
         """Load, serve, drain. Raises CannotStart when the model cannot be loaded."""
-        self._loop = loop = asyncio.get_running_loop()
+        self._loop = self._wiring.loop = loop = asyncio.get_running_loop()
         # named, both: a job started in the background of a shell begins with SIGINT ignored
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
         self._loader.start()
+        hints = loop.create_task(follow_hints(self._wiring))
         await self.serve(sockets)
+        hints.cancel()
         await self._close()
         if self._failure is not None:
             raise self._failure
@@ -168,6 +170,7 @@ class _Server(uvicorn.Server):
             await asyncio.to_thread(self._wiring.speaker.engine.close)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wiring.settle(), SETTLE_S)
+        await self._wiring.board.close()
 
 
 def load_base(config: ServingConfig) -> tuple[PreTrainedModel, Chat]:
@@ -240,9 +243,9 @@ def _application(config: ServingConfig) -> Iterator[FastAPI]:
         log = open_log(feedback, writes=(EXCHANGES, FEEDBACK), outbox=True)
     except (OSError, ValueError, LogUnavailable) as error:
         raise CannotStart(Exit.DATA, f"{error} (HEED_DATA={feedback.data})") from error
-    with contextlib.closing(log), contextlib.closing(open_board(feedback, "server")) as board:
+    with contextlib.closing(log):
         store = AdapterStore(config.adapter_root, feedback.policy)
-        yield create_app(config, ids=ids, log=log, board=board, store=store)
+        yield create_app(config, ids=ids, log=log, board=open_board(feedback, "server"), store=store)
 
 
 def _address(host: str, listening: socket.socket) -> str:

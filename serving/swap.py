@@ -2,7 +2,7 @@
 
 The way of a swap, all of it in a thread of its own:
 
-    look      poll the release file: is another version wanted than the one that speaks?
+    look      poll the release file, at once when told that it was changed: is another version wanted than the one that speaks?
     load      read that version and verify it: digests, base, shapes, finite numbers   (serving/adapters.py)
     stage     copy it into a free slot beside the running ones, and try one forward with it   (serving/engine.py)
     warm      let it read what most prompts begin with, so that its first replies need not wait for that
@@ -85,6 +85,7 @@ class Swapper:
         self._not_before = 0.0  # by time.monotonic(): when an attempt that met a passing fault is repeated
         self._loaded: tuple[int, AdapterWeights] | None = None  # read and verified, waiting for a slot
         self._stop = threading.Event()
+        self._soon = threading.Event()
         self._thread = threading.Thread(target=self._run, name="swapper", daemon=True)
         self.failures = 0
         self.problem: str | None = None
@@ -103,6 +104,7 @@ class Swapper:
     def close(self) -> None:
         """Stop watching. The engine goes on with what it has."""
         self._stop.set()
+        self._soon.set()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -112,6 +114,10 @@ class Swapper:
             self._tidy()
             self._follow(self._store.release())
         self._tell()
+
+    def look_soon(self) -> None:
+        """Have the swapper's thread look now, instead of at its next time. Does not wait for it."""
+        self._soon.set()
 
     def ensure(self, version: int) -> None:
         """Make sure that requests may name this version, loading it into a free slot if need be; for that it blocks.
@@ -266,7 +272,11 @@ class Swapper:
                 _log.exception("a listener failed on the report of v%d", report.version)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._poll_s):
+        while not self._stop.is_set():
+            self._soon.wait(self._poll_s)
+            self._soon.clear()
+            if self._stop.is_set():
+                return
             try:
                 self.look()
             except Exception:  # a fault nobody foresaw must not be the last swap's

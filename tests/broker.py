@@ -150,13 +150,12 @@ class Broker:
         give_up = time.monotonic() + START_S
         while True:
             assert self._process is not None
-            try:
+            with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
                 break
-            except OSError as error:
-                said = (self.folder / "broker.log").read_text(errors="replace")[-2000:]
-                assert self._process.poll() is None, f"the broker ended: {said}"
-                assert time.monotonic() < give_up, f"the broker does not answer ({error}): {said}"
+            said = (self.folder / "broker.log").read_text(errors="replace")[-2000:]
+            assert self._process.poll() is None, f"the broker ended: {said}"
+            assert time.monotonic() < give_up, f"the broker does not answer: {said}"
             time.sleep(0.1)
         if self._open:
             with self._admin() as admin:

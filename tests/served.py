@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import torch
@@ -23,7 +23,7 @@ from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, Exchange, Feedback, Retraction, parse_event
 from feedback.log import Log, LogUnavailable, Offset, Offsets, Record, open_log
 from serving.adapters import AdapterStore, Base
-from serving.app import create_app
+from serving.app import create_app, follow_hints
 from serving.config import ServingConfig
 from serving.ids import Ids, load_secret
 from serving.lora import AdapterWeights
@@ -38,6 +38,7 @@ TEMPLATE = (
 )
 MAX_LEN = 192
 Wrap = Callable[[Log], Log]
+T = TypeVar("T")
 
 
 def make_model(folder: Path, length: int = MAX_LEN) -> Path:
@@ -137,6 +138,10 @@ class Served:
         body = {"model": "default", "messages": [{"role": "user", "content": text}], "max_tokens": 6, **more}
         return self.http.post("/v1/chat/completions", json=body)
 
+    def ask(self, question: Coroutine[Any, Any, T]) -> T:
+        """What the board answers, asked where the server runs."""
+        return asyncio.run_coroutine_threadsafe(question, self.loop).result(10)
+
     def exchanges(self) -> list[Exchange]:
         events = [parse_event(record.event) for record in self.wiring.log.read(EXCHANGES, {}, 10_000)]
         return [event for event in events if isinstance(event, Exchange)]
@@ -186,10 +191,11 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     store = AdapterStore(config.adapter_root, feedback.policy)
     app = create_app(config, ids=Ids(load_secret(feedback)), log=log(real), board=board, store=store)
     wiring: Wiring = app.state.wiring
+    loop = wiring.loop = asyncio.new_event_loop()
     if speaks:
         wiring.speaker = load_speaker(config, wiring)
     server = _Uvicorn(uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None, log_level="warning"))
-    loop = asyncio.new_event_loop()
+    hints = loop.create_task(follow_hints(wiring))
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), name="test-server")
     thread.start()
     Served.until(lambda: server.started or not thread.is_alive())
@@ -200,20 +206,21 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     finally:
         server.should_exit = True
         thread.join()
+        hints.cancel()
         loop.run_until_complete(wiring.settle())
         if wiring.speaker is not None:
             wiring.speaker.swapper.close()
             wiring.speaker.engine.close()
         loop.run_until_complete(wiring.settle())
+        loop.run_until_complete(board.close())
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
         real.close()
-        board.close()
 
 
 def config_for(data: Path, model: Path, **settings: Any) -> ServingConfig:
     return ServingConfig(
-        feedback=FeedbackConfig(data=data),
+        feedback=FeedbackConfig(data=data, redis_url=settings.pop("redis_url", None)),
         model=str(model),
         threads=1,
         **{"port": 0, "max_rows": 4, "admin_token": "let-me-in", "drain_delay_s": 0.0, "ask_share": 0.0} | settings,

@@ -49,7 +49,7 @@ def test_the_wrong_token_changes_nothing(quiet: Served, headers: dict[str, Any])
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_admin_token")
         assert answer.headers["www-authenticate"] == "Bearer"
     assert quiet.wiring.store.release().generation == 0
-    assert quiet.wiring.board.update_asked() is None
+    assert quiet.ask(quiet.wiring.board.update_asked()) is None
 
 
 def test_promote_and_roll_back_are_followed_by_what_speaks(server: Served):
@@ -75,7 +75,7 @@ def test_pause_and_resume(quiet: Served):
 def test_update_asks_the_learner(quiet: Served):
     answer = post(quiet, "update")
     assert (answer.status_code, answer.json()) == (202, {"status": "asked"})
-    assert quiet.wiring.board.update_asked() is not None
+    assert quiet.ask(quiet.wiring.board.update_asked()) is not None
 
 
 def test_what_cannot_be_done_is_refused_and_changes_nothing(server: Served):

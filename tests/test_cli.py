@@ -27,6 +27,7 @@ from learner.config import LearnerConfig
 from serving.adapters import AdapterStore, BadAdapter, Base
 from serving.exits import Exit
 from serving.lora import AdapterWeights
+from tests.valkey import Valkey
 
 COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "pretrain", "check")
 ADAPTERS = ("list", "show", "promote", "rollback", "verify", "import")
@@ -188,7 +189,7 @@ def test_an_unknown_variable_is_a_warning_with_the_nearest_name(heed: Heed):
     assert done.err.strip() == "heed: HEED_PROT is not a setting of Heed and is ignored; did you mean HEED_PORT?"
 
 
-@pytest.mark.parametrize("variable", ["HEED_KAFKA_BOOTSTRAP", "HEED_REDIS_URL", "HEED_API_KEYS_FILE"])
+@pytest.mark.parametrize("variable", ["HEED_KAFKA_BOOTSTRAP", "HEED_API_KEYS_FILE"])
 def test_a_setting_whose_feature_is_not_built_is_refused(variable: str, heed: Heed):
     done = heed("serve", **{variable: "somewhere"})
     assert done.code == 2
@@ -402,6 +403,17 @@ def test_check_fails_on_what_is_broken(
     code, found = checked(**breaking(tmp_path))
     assert code == 1
     assert found[name][0] == "fail"
+
+
+def test_check_asks_redis_where_one_is_set(checked: Checked, valkey: Valkey):
+    assert "redis" not in checked()[1]
+    assert checked(HEED_REDIS_URL=valkey.url)[1]["redis"] == ("ok", "answers, and keeps what it is given")
+    valkey.fill()
+    code, found = checked(HEED_REDIS_URL=valkey.url)
+    assert (code, found["redis"][0]) == (1, "fail")
+    assert "maxmemory" in found["redis"][1]
+    valkey.pause()
+    assert checked(HEED_REDIS_URL=valkey.url)[1]["redis"] == ("fail", "it does not answer within 1 s")
 
 
 def test_check_names_a_torn_version(base: Base, store: AdapterStore, checked: Checked):

@@ -157,7 +157,7 @@ def test_a_retry_gets_its_receipt_even_when_the_board_was_emptied(serve_with: Ca
     quiet = serve_with(speaks=False)
     body = {"kind": "thumb", "reply_id": reply(quiet), "value": "up", "id": "1"}
     first = give(quiet, **body).json()
-    quiet.wiring.board.close()
+    quiet.ask(quiet.wiring.board.close())
     for path in (tmp_path / "data" / "board").iterdir():
         path.unlink()
     assert give(quiet, **body).json() == first
@@ -227,9 +227,9 @@ def test_the_story_goes_from_acceptance_to_being_served(quiet: Served):
         Story("in_reward_model", accepted + 2, update=4),
         Story("in_version", accepted + 3, update=4, version=3),
     ]
-    quiet.wiring.board.write_story(receipt, steps)
+    quiet.ask(quiet.wiring.board.write_story(receipt, steps))
     assert quiet.http.get(f"/v1/feedback/{receipt}").json()["status"] == "in_version"
-    quiet.wiring.board.activated(3, accepted + 5)
+    quiet.ask(quiet.wiring.board.activated(3, accepted + 5))
     told = quiet.http.get(f"/v1/feedback/{receipt}").json()
     assert told["status"] == "served"
     assert told["history"] == [
@@ -243,7 +243,7 @@ def test_the_story_goes_from_acceptance_to_being_served(quiet: Served):
 
 def test_a_dropped_feedback_says_why(quiet: Served):
     receipt = give(quiet, kind="thumb", reply_id=reply(quiet), value="up").json()["id"]
-    quiet.wiring.board.write_story(receipt, [Story("dropped", time.time(), reason="no_exchange")])
+    quiet.ask(quiet.wiring.board.write_story(receipt, [Story("dropped", time.time(), reason="no_exchange")]))
     told = quiet.http.get(f"/v1/feedback/{receipt}").json()
     assert (told["status"], told["history"][-1]["reason"]) == ("dropped", "no_exchange")
 

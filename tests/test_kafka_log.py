@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -315,10 +314,8 @@ def test_one_partition_without_a_leader_does_not_hold_up_the_others_at_first(
         assert log.append(FEEDBACK, keys[others[0]], "{}") > 0
         time.sleep(0.05)
     assert not waiting.done()
-    with pytest.raises(LogUnavailable, match="no acknowledgement"):
-        while True:
-            log.append(FEEDBACK, keys[others[0]], "{}")
-            time.sleep(0.02)
+    while appended(log, keys[others[0]]):
+        time.sleep(0.02)
     assert time.monotonic() - began < 6
     assert isinstance(waiting.exception(), LogUnavailable)
 
@@ -362,7 +359,7 @@ def test_brokers_that_go_down_and_come_up_leave_no_threads_and_no_files(
     assert appended(log)
 
     def held() -> tuple[int, int]:
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
 
     before = held()
     for _ in range(15):
@@ -376,8 +373,7 @@ def test_brokers_that_go_down_and_come_up_leave_no_threads_and_no_files(
     gc.collect()  # kafka-python leaves sockets that were refused to the garbage collector
     until(
         lambda: (
-            held()[0] <= before[0] + 2
-            and held()[1] <= before[1] + 10
+            (held()[0] <= before[0] + 2 and held()[1] <= before[1] + 10)
             or print(before, held(), [t.name for t in threading.enumerate()])
         )
     )

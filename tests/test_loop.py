@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
 
-from feedback.board import SqliteBoard, Story, furthest
+from feedback.board import RELEASE_HINT, WORK_HINT, Board, Story, furthest, open_board
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, RELEASES, Exchange, Feedback, Release, Retraction
 from feedback.keeping import Keep
 from feedback.log import LogUnavailable
 from feedback.sqlite_log import SqliteLog
 from learner import checkpoint
+from learner.board import LearnersBoard
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.ledger import Ledger
@@ -31,6 +35,9 @@ from serving.adapters import AdapterStore, Base
 from serving.config import ServingConfig
 from serving.lora import AdapterWeights
 from tests.told import BASE, NOW, exchange, feedback, retraction
+
+if TYPE_CHECKING:
+    from tests.valkey import Valkey
 
 TARGETS = {"layer.0": (4, 3), "layer.1": (3, 4)}
 
@@ -110,13 +117,17 @@ class World:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.now = NOW
         self.folder = folder
-        feedback_config = FeedbackConfig(data=folder, join_wait_s=settings.pop("join_wait_s", 1000))
+        feedback_config = FeedbackConfig(
+            data=folder, join_wait_s=settings.pop("join_wait_s", 1000), redis_url=settings.pop("redis_url", None)
+        )
         self.config = LearnerConfig(
             serving=ServingConfig(feedback=feedback_config),
             **{"update_min_feedback": 4, "update_interval_s": 100, **settings},
         )
         self.server_log = SqliteLog(folder / "log", [EXCHANGES, FEEDBACK])
-        self.server_board = SqliteBoard(folder / "board" / "server.db", folder / "board" / "learner.db")
+        self.runner = asyncio.Runner()
+        self.ask = self.runner.run
+        self.server_board = self.new_board("server")
         self.store = AdapterStore(folder / "adapters", "default")
         self.trainer = ReadyMade()
         self.metrics = LearnerMetrics()
@@ -128,7 +139,7 @@ class World:
         """Another process takes over: everything is opened anew."""
         self.close_learner()
         self.log = SqliteLog(self.folder / "log", [RELEASES])
-        self.board = SqliteBoard(self.folder / "board" / "learner.db", self.folder / "board" / "server.db")
+        self.board = LearnersBoard(self.new_board("learner"))
         keep = Keep.of(self.config.state_keep_days, self.config.state_keep_mb)
         self.state = State(
             self.config.folder / "state.db", policy="default", base=self.trainer.base.fingerprint, keep=keep
@@ -147,6 +158,9 @@ class World:
         )
         return self.learner
 
+    def new_board(self, owner: Literal["server", "learner"]) -> Board:
+        return open_board(self.config.serving.feedback, owner)
+
     def close_learner(self) -> None:
         for thing in self.open:
             thing.close()
@@ -155,7 +169,8 @@ class World:
     def close(self) -> None:
         self.close_learner()
         self.server_log.close()
-        self.server_board.close()
+        self.ask(self.server_board.close())
+        self.runner.close()
 
     def tell(self, *events: Exchange | Feedback | Retraction) -> None:
         for event in events:
@@ -177,13 +192,13 @@ class World:
     def report(self) -> dict[str, Any]:
         """As the server reads it for GET /v1/policy."""
         self.learner.report()
-        report = self.server_board.report("policy")
+        report = self.ask(self.server_board.report("policy"))
         assert report is not None
         parsed: dict[str, Any] = json.loads(report)
         return parsed
 
     def story(self, feedback_id: str) -> list[Story]:
-        return self.server_board.story(feedback_id)
+        return self.ask(self.server_board.story(feedback_id))
 
     def steps(self, feedback_id: str) -> list[str]:
         return [step.status for step in self.story(feedback_id)]
@@ -303,7 +318,7 @@ def test_after_a_reward_model_that_knew_too_little_fewer_are_enough(make: Callab
 
 
 def test_an_update_by_hand_needs_only_something_to_learn_from(world: World):
-    world.server_board.ask_update(world.now)
+    world.ask(world.server_board.ask_update(world.now))
     world.run()
     assert world.trainer.calls == []
     world.now += 1
@@ -313,7 +328,7 @@ def test_an_update_by_hand_needs_only_something_to_learn_from(world: World):
     world.run()
     assert len(world.trainer.calls) == 1
     world.now += 1
-    world.server_board.ask_update(world.now)
+    world.ask(world.server_board.ask_update(world.now))
     world.now += 1
     world.run()
     assert len(world.trainer.calls) == 2
@@ -342,7 +357,7 @@ def test_a_gate_that_says_no_ships_nothing_and_says_why(world: World):
 def test_while_paused_it_listens_and_starts_nothing(world: World):
     world.store.change("pause", "operator", reason="holidays")
     world.thumbs(4)
-    world.server_board.ask_update(world.now)
+    world.ask(world.server_board.ask_update(world.now))
     world.run()
     assert world.trainer.calls == []
     assert world.steps("f4") == ["joined"]
@@ -434,7 +449,7 @@ def test_feedback_that_comes_during_an_update_is_heard_and_left_for_the_next(wor
 
     def watched(phase: str, fraction: float) -> None:
         progress(phase, fraction)
-        seen.append(json.loads(world.server_board.report("policy") or "{}")["why"])
+        seen.append(json.loads(world.ask(world.server_board.report("policy")) or "{}")["why"])
 
     world.learner.progress = watched  # type: ignore[method-assign]
     world.run()
@@ -540,6 +555,79 @@ def test_an_emptied_board_is_told_everything_again(world: World):
     assert world.steps("f1") == []
     world.run()
     assert {feedback_id: world.steps(feedback_id) for feedback_id in ("f1", "f4")} == before
+
+
+@pytest.fixture
+def shared(make: Callable[..., World], valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A world whose board is in Redis, which may take its time where the machine is busy."""
+    monkeypatch.setattr("feedback.redis_board.TIMEOUT_S", 5.0)
+    return make(redis_url=valkey.url)
+
+
+def test_a_redis_that_was_restarted_empty_is_told_everything_again(shared: World, valkey: Valkey):
+    shared.thumbs(4)
+    shared.run()
+    shared.ask(shared.server_board.activated(1, NOW))
+    shared.run()
+    before = {feedback_id: shared.steps(feedback_id) for feedback_id in ("f1", "f4")}
+    assert before["f1"][-1] == "served"
+    reported = shared.report()
+    valkey.kill()
+    shared.run()
+    valkey.start()
+    give_up = time.monotonic() + 20
+    while {feedback_id: shared.steps(feedback_id) for feedback_id in before} != before:
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+        shared.run()
+    assert shared.report()["feedback"] == reported["feedback"]
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_what_redis_could_not_take_is_told_when_it_can_and_the_learning_goes_on(
+    shared: World, valkey: Valkey, monkeypatch: pytest.MonkeyPatch, emptied: bool
+):
+    shared.run()
+    valkey.fill()
+    if emptied:
+        valkey.flush()
+    again: list[None] = []
+    monkeypatch.setattr(State, "tell_all_again", lambda _: again.append(None))
+    shared.thumbs(4)
+    for _ in range(3):
+        shared.run()
+    assert shared.store.release().current == 1
+    assert len(again) == emptied  # while it takes nothing, not at each look
+    assert shared.steps("f1") == []
+    valkey.make_room()
+    shared.run()
+    assert shared.steps("f1") == ["joined", "in_reward_model", "in_update", "in_version"]
+
+
+def test_a_release_wakes_the_servers_and_feedback_wakes_the_learner(
+    shared: World, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("learner.loop.POLL_S", 60.0)
+    hints = shared.new_board("server")
+    assert not shared.ask(hints.wait_for_hint(RELEASE_HINT, 0.2))
+
+    def rate_then_stop() -> None:
+        time.sleep(1)
+        shared.thumbs(4)
+        valkey.command("PUBLISH", f"heed:default:hint:{WORK_HINT}", "")
+        while not shared.store.release().current:
+            time.sleep(0.05)
+        shared.learner.stopping.set()
+        valkey.command("PUBLISH", f"heed:default:hint:{WORK_HINT}", "")
+
+    rater = threading.Thread(target=rate_then_stop)
+    rater.start()
+    begin = time.monotonic()
+    shared.learner.run()
+    rater.join()
+    assert time.monotonic() - begin < 30
+    assert shared.ask(hints.wait_for_hint(RELEASE_HINT, 5))
+    shared.ask(hints.close())
 
 
 def test_a_state_made_anew_from_the_log_knows_what_the_versions_learned_from(world: World):
@@ -688,7 +776,7 @@ def test_freshness_is_measured_from_when_the_server_serves(world: World):
     world.thumbs(4)
     world.run()
     assert world.report()["freshness"] == {"p50": None, "p95": None, "count": 0}
-    world.server_board.activated(1, NOW + 12)
+    world.ask(world.server_board.activated(1, NOW + 12))
     world.now += 20
     world.run()
     assert world.report()["freshness"] == {"p50": 12.0, "p95": 12.0, "count": 4}

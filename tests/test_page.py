@@ -7,7 +7,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,14 +210,17 @@ def test_a_thumb_is_counted_and_its_story_is_told(page: Page):
     assert page.pressed() == ["up"]
     assert page.story() == ["counted"]
     (given,) = page.server.said()
-    with closing(open_board(page.server.wiring.config.feedback, "learner")) as board:
-        now = time.time()
-        board.write_story(given.id, [Story("joined", now), Story("in_reward_model", now, update=1)])
-        page.until(lambda: page.story() == ["counted", "matched", "learned from"])
+    board = open_board(page.server.wiring.config.feedback, "learner")
+    now = time.time()
+    page.server.ask(board.write_story(given.id, [Story("joined", now), Story("in_reward_model", now, update=1)]))
+    page.until(lambda: page.story() == ["counted", "matched", "learned from"])
+    page.server.ask(
         board.write_story(given.id, [Story("in_update", now, update=1), Story("in_version", now, version=1)])
-        page.until(lambda: page.story() == ["counted", "matched", "learned from", "in v1"])
-        board.write_story(given.id, [Story("served", now, version=1)])
-        page.until(lambda: page.story() == ["counted", "matched", "learned from", "in v1", "served"])
+    )
+    page.until(lambda: page.story() == ["counted", "matched", "learned from", "in v1"])
+    page.server.ask(board.write_story(given.id, [Story("served", now, version=1)]))
+    page.until(lambda: page.story() == ["counted", "matched", "learned from", "in v1", "served"])
+    page.server.ask(board.close())
 
 
 def test_the_other_thumb_replaces_the_first_and_the_same_one_takes_it_back(page: Page):
@@ -274,8 +276,9 @@ def test_the_strip_shows_what_the_learner_reports(page: Page):
         },
         "why": "nothing new: 12 of 50",
     }
-    with closing(open_board(page.server.wiring.config.feedback, "learner")) as board:
-        board.set_report("policy", json.dumps(report))
+    board = open_board(page.server.wiring.config.feedback, "learner")
+    page.server.ask(board.set_report("policy", json.dumps(report)))
+    page.server.ask(board.close())
     page.until(lambda: page.text("#counted") == "1,234")
     assert [row.text.split() for row in page.all("#liked li")] == [
         ["v0", "31%", "of", "100"],

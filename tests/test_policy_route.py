@@ -27,9 +27,9 @@ def test_with_nothing_learned_the_base_is_served_and_a_sentence_says_why(server:
 def test_what_the_learner_reports_is_part_of_it(server: Served, tmp_path: Path):
     learner = open_board(FeedbackConfig(data=tmp_path / "data"), "learner")
     report = {"why": "7 of the 50 new judgements that start an update", "gate": {"passed": False}, "seen_at": 1.0}
-    learner.set_report("policy", json.dumps(report | {"current": "a lie"}))
+    server.ask(learner.set_report("policy", json.dumps(report | {"current": "a lie"})))
     told = server.http.get("/v1/policy").json()
-    learner.close()
+    server.ask(learner.close())
     assert (told["why"], told["gate"], told["seen_at"]) == (report["why"], {"passed": False}, 1.0)
     assert told["current"] == "v0"  # the release is read, never taken from hearsay
     assert told["liked"] == {}

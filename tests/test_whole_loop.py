@@ -18,6 +18,7 @@ from feedback.board import open_board
 from feedback.events import RELEASES, Release
 from feedback.log import open_log
 from feedback.raters import Rater, crowd
+from learner.board import LearnersBoard
 from learner.config import LearnerConfig
 from learner.loop import Learner
 from learner.metrics import LearnerMetrics
@@ -48,7 +49,8 @@ def learner_on(server: Served, **settings: Any) -> Iterator[Learner]:
     trainer = Trainer(config)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(open_log(serving.feedback, writes={RELEASES})))
-        board = stack.enter_context(contextlib.closing(open_board(serving.feedback, "learner")))
+        board = LearnersBoard(open_board(serving.feedback, "learner"))
+        stack.callback(board.close)
         state = State(config.folder / "state.db", policy=serving.feedback.policy, base=trainer.base.fingerprint)
         stack.enter_context(contextlib.closing(state))
         yield Learner(

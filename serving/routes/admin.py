@@ -10,6 +10,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header
 from pydantic import TypeAdapter
 
+from feedback.board import RELEASE_HINT, WORK_HINT
+from feedback.events import Release
 from serving.adapters import BadAdapter, ReleaseBroken, ReleaseRefused, StoreBusy
 from serving.errors import Conflict, NotFound, Unauthorized, Unavailable, Unprocessable
 from serving.release import Action
@@ -40,35 +42,42 @@ Reason = Annotated[Because, Depends(read_as(TypeAdapter(Because), Unprocessable,
 
 @router.post("/promote")
 async def promote(body: Promotion, parts: Parts) -> Json:
-    return await asyncio.to_thread(_change, parts, "promote", body.reason, body.version)
+    return await _change(parts, "promote", body.reason, body.version)
 
 
 @router.post("/rollback")
 async def rollback(body: Reason, parts: Parts) -> Json:
-    return await asyncio.to_thread(_change, parts, "rollback", body.reason)
+    return await _change(parts, "rollback", body.reason)
 
 
 @router.post("/pause")
 async def pause(body: Reason, parts: Parts) -> Json:
-    return await asyncio.to_thread(_change, parts, "pause", body.reason)
+    return await _change(parts, "pause", body.reason)
 
 
 @router.post("/resume")
 async def resume(body: Reason, parts: Parts) -> Json:
-    return await asyncio.to_thread(_change, parts, "resume", body.reason)
+    return await _change(parts, "resume", body.reason)
 
 
 @router.post("/update", status_code=202)
 async def update(_: Reason, parts: Parts) -> Json:
-    await asyncio.to_thread(parts.board.ask_update, time.time())
+    await parts.board.ask_update(time.time())
+    await parts.board.hint(WORK_HINT)
     return {"status": "asked"}
 
 
-def _change(parts: Wiring, action: Action, reason: str, version: int | None = None) -> Json:
+async def _change(parts: Wiring, action: Action, reason: str, version: int | None = None) -> Json:
     """Change the release and return it; servers follow within a second. Raises NotFound, Conflict, Unavailable."""
+    release = await asyncio.to_thread(_changed, parts, action, reason, version)
+    await parts.board.hint(RELEASE_HINT)
+    return summary(release)
+
+
+def _changed(parts: Wiring, action: Action, reason: str, version: int | None) -> Release:
     base = parts.speaker.base if parts.speaker else None
     try:
-        release = parts.store.change(action, "operator", version=version, reason=reason, base=base)
+        return parts.store.change(action, "operator", version=version, reason=reason, base=base)
     except BadAdapter as error:
         missing = version not in parts.store.versions()
         raise (NotFound if missing else Conflict)(str(error), param="version") from error
@@ -76,4 +85,3 @@ def _change(parts: Wiring, action: Action, reason: str, version: int | None = No
         raise Conflict(str(error), code="refused") from error
     except (ReleaseBroken, StoreBusy, OSError) as error:
         raise Unavailable(f"The release was not changed: {error}", retry_after=5) from error
-    return summary(release)

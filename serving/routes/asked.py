@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field, replace
 
-from feedback.board import Place
+from feedback.conversations import Place
 from feedback.events import Message, SamplingUsed
 from serving.chat import ChatError
 from serving.errors import BadRequest, ContextTooLong
@@ -71,14 +71,9 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
             f"reply hold at most {speaker.engine.max_len * speaker.chat.longest_token}. Send fewer or shorter ones.",
             param="messages",
         )
-    named = metadata.get("conversation")
-
-    def read() -> tuple[list[int], Place]:
-        return speaker.chat.encode(messages), wiring.board.continue_conversation(caller, messages, named)
-
     try:
         # off the loop: a long prompt takes milliseconds, in which other replies would stand still
-        prompt_ids, place = await asyncio.to_thread(read)
+        prompt_ids = await asyncio.to_thread(speaker.chat.encode, messages)
     except ChatError as error:
         raise BadRequest(f"The messages cannot be answered: {error}.", param="messages") from error
     room = speaker.engine.max_len - len(prompt_ids)
@@ -95,7 +90,7 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
         metadata=metadata,
         messages=messages,
         prompt_ids=tuple(prompt_ids),
-        place=place,
+        place=await wiring.board.continue_conversation(caller, messages, metadata.get("conversation")),
         sampling=_sampling(body, room, speaker.engine.vocab_size),
         choices=body.n or 1,
         kept=body.kept,

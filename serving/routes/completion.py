@@ -207,7 +207,7 @@ class Completion:
             outcome = "kept" if await self._append(event) else "dropped"
             if outcome == "kept":
                 try:
-                    await asyncio.to_thread(self._show, event)
+                    await self._show(event)
                 except Exception:  # the board is never the truth: no reply fails because it does
                     _log.exception("the board failed on %s", event.id)
             else:
@@ -223,10 +223,10 @@ class Completion:
             return False
         return True
 
-    def _show(self, event: Exchange) -> None:
+    async def _show(self, event: Exchange) -> None:
         """Put a kept exchange where later requests find it."""
-        self._wiring.board.put_exchange(event.id, event.to_json())
-        self._wiring.board.remember_exchange(
+        await self._wiring.board.put_exchange(event.id, event.to_json())
+        await self._wiring.board.remember_exchange(
             self.asked.caller, self.asked.messages, event.content.reply, self.asked.place
         )
 

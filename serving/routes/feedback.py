@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
@@ -43,8 +42,8 @@ async def give(said: FeedbackBody, client: Asking, log: FeedbackLog, key: Idempo
 @router.get("/v1/feedback/{feedback_id}")
 async def story(feedback_id: str, parts: Parts) -> Json:
     parts.ids.verify_feedback(feedback_id)
-    steps = await asyncio.to_thread(parts.board.story, feedback_id)
-    receipt = await asyncio.to_thread(parts.board.receipt, feedback_id)
+    steps = await parts.board.story(feedback_id)
+    receipt = await parts.board.receipt(feedback_id)
     return {
         "id": feedback_id,
         # an id that proves itself was accepted, even when the board has forgotten the receipt

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from fastapi import Depends
 
-from feedback.board import Story
+from feedback.board import WORK_HINT, Story
 from feedback.events import FEEDBACK, Feedback, FeedbackContent, Retraction
 from feedback.log import LogUnavailable
 from serving.errors import Conflict, HeedError, NotStored, Unavailable, UnknownReply, Unprocessable
@@ -55,12 +55,12 @@ class Intake:
         """Note in the log that this feedback stops counting. Raises UnknownFeedback, Unavailable."""
         self._parts.ids.verify_feedback(feedback_id)
         board, now = self._parts.board, time.time()
-        if any(step.status == "retracted" for step in await asyncio.to_thread(board.story, feedback_id)):
+        if any(step.status == "retracted" for step in await board.story(feedback_id)):
             return
         event = Retraction(at=now, id=feedback_id, caller=self._parts.ids.pseudonym(client.caller(None)))
         await self._append(feedback_id, event.to_json())
-        await asyncio.to_thread(board.write_story, feedback_id, [Story("retracted", now)])
-        receipt = await asyncio.to_thread(board.receipt, feedback_id)
+        await board.write_story(feedback_id, [Story("retracted", now)])
+        receipt = await board.receipt(feedback_id)
         self._parts.metrics.feedback.labels(receipt.kind if receipt else "unknown", "retracted").inc()
 
     async def _accept(self, said: Said, client: Client, key: str | None) -> tuple[bool, str]:
@@ -91,14 +91,15 @@ class Intake:
     async def _take(self, said: Said, event: Feedback, key: str | None) -> bool:
         """Append, unless the board knows it as accepted; True when it does. Raises Conflict, Unavailable."""
         board = self._parts.board
-        receipt = await asyncio.to_thread(board.receipt, event.id)
+        receipt = await board.receipt(event.id)
         if receipt is not None:
             if receipt.body != event.body:
                 raise _conflict(key)
             return True
         await self._append(event.reply_ids[0], event.to_json())
-        await asyncio.to_thread(board.remember_receipt, event.id, event.kind, event.body, event.at)
-        await asyncio.to_thread(self._count_value, said)
+        await board.remember_receipt(event.id, event.kind, event.body, event.at)
+        await self._count_value(said)
+        await board.hint(WORK_HINT)
         return False
 
     async def _append(self, key: str, event: str) -> None:
@@ -118,13 +119,14 @@ class Intake:
                 retry_after=RETRY_AFTER_S,
             ) from None
 
-    def _count_value(self, said: Said) -> None:
+    async def _count_value(self, said: Said) -> None:
         """Count a thumb or a rating for the role of the version that spoke, while the board still knows which."""
         if not isinstance(said, Thumb | Rating):
             return
-        exchange = self._parts.board.get_exchange(said.reply_id)
+        exchange = await self._parts.board.get_exchange(said.reply_id)
         if exchange is not None:
-            role = role_of(json.loads(exchange)["version"], self._parts.release())
+            release = await asyncio.to_thread(self._parts.release)
+            role = role_of(json.loads(exchange)["version"], release)
             policy = self._parts.store.policy
             self._parts.metrics.feedback_value.labels(policy, said.kind, str(said.value), role).inc()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
@@ -25,13 +26,14 @@ NO_LEARNER = (
 
 @router.get("/v1/policy")
 async def policy(parts: Parts) -> Json:
-    return await asyncio.to_thread(_policy, parts)
+    report, activations = await asyncio.gather(parts.board.report("policy"), parts.board.activations())
+    return await asyncio.to_thread(_policy, parts, report, activations)
 
 
 @router.get("/v1/replies/{reply_id}")
 async def reply(reply_id: str, client: Asking, parts: Parts) -> Response:
     parts.ids.verify_reply(reply_id, client.key)
-    exchange = await asyncio.to_thread(parts.board.get_exchange, reply_id)
+    exchange = await parts.board.get_exchange(reply_id)
     if exchange is None:
         raise UnknownReply(
             f"The reply {reply_id} is no longer at hand: only the newest are kept ready. It can still be rated.",
@@ -54,10 +56,9 @@ def summary(release: Release) -> Json:
     }
 
 
-def _policy(parts: Wiring) -> Json:
+def _policy(parts: Wiring, report: str | None, activations: Mapping[int, float]) -> Json:
     """The release as it is now, with what the learner last reported."""
     speaker = parts.speaker
-    report = parts.board.report("policy")
     learned: Json = {"why": NO_LEARNER} if report is None else json.loads(report)
     nothing: Json = {
         "last_update": None,
@@ -74,6 +75,6 @@ def _policy(parts: Wiring) -> Json:
         "base": parts.base_name,
         "speaking": None if speaker is None else f"v{speaker.engine.current}",
         "loaded": [] if speaker is None else [f"v{version}" for version in sorted(speaker.engine.loaded())],
-        "activated": {f"v{version}": at for version, at in sorted(parts.board.activations().items())},
+        "activated": {f"v{version}": at for version, at in sorted(activations.items())},
         "problem": parts.store.release_problem or (speaker.swapper.problem if speaker else None),
     }

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +55,8 @@ class Wiring:
     metrics: Metrics
     base_name: str
     """The base model, as clients name it."""
+    loop: asyncio.AbstractEventLoop | None = None
+    """That in which the server runs; set before a speaker is made."""
     speaker: Speaker | None = None
     """None while the model is loading."""
     draining: bool = False
@@ -78,6 +80,12 @@ class Wiring:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+
+    def go_on_in_loop(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """`go_on`, for other threads than the server's; waits for nothing. Raises RuntimeError once the server is gone."""
+        if self.loop is None:
+            raise RuntimeError("the server has not begun")
+        self.loop.call_soon_threadsafe(lambda: self.go_on(work()))
 
     async def settle(self) -> None:
         """Wait for everything that goes on."""
