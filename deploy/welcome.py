@@ -61,6 +61,7 @@ def environ_of_children(config: LearnerConfig, port: int, environ: Mapping[str, 
         "HEED_HOST": serving.host,
         "HEED_PORT": str(port),
         **({"HEED_MODEL": serving.model} if serving.model is not None else {}),
+        **({"HEED_INSECURE": "true"} if serving.insecure else {}),
         "PYTHONUNBUFFERED": "1",
     }
     if "drain_delay_s" not in serving.model_fields_set:

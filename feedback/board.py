@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,10 @@ class Board(Protocol):
         """The latest report of this name, this process's own or else the other's."""
         ...
 
+    async def take(self, name: str, per_minute: int) -> float:
+        """Take one of the requests that `name` may send: 0.0 where it is granted, else seconds until one is again."""
+        ...
+
     def close(self) -> None:
         """Let go of the files."""
         ...
@@ -179,6 +184,8 @@ class SqliteBoard:
         self._other = OtherFile(path_other)
         self._room = room
         self._writes = 0
+        self._due: dict[str, float] = {}
+        """Name → when (time.monotonic()) all that it took will have been given back."""
 
     def continue_conversation(self, caller: str, messages: Sequence[Message], conversation: str | None = None) -> Place:
         if conversation is not None:
@@ -266,6 +273,16 @@ class SqliteBoard:
     def report(self, name: str) -> str | None:
         rows = self._both("SELECT report FROM reports WHERE name = ?", (name,))
         return rows[0][0] if rows else None
+
+    async def take(self, name: str, per_minute: int) -> float:
+        """A token bucket in this process, full at first: it holds a minute's requests, and is refilled evenly."""
+        now = time.monotonic()
+        due = max(now, self._due.get(name, now)) + 60 / per_minute
+        wait = due - now - 60
+        if wait > 1e-6:  # rounding must not cost a request
+            return wait
+        self._due[name] = due
+        return 0.0
 
     def close(self) -> None:
         self._own.close()

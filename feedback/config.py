@@ -23,8 +23,6 @@ from pydantic_core import PydanticUndefined
 UNBUILT: Mapping[str, str | None] = {
     "kafka_bootstrap": None,
     "redis_url": None,
-    "api_keys_file": None,
-    "insecure": None,
     "canary_share": "0",
 }
 """Settings whose feature is not built yet, and the one value they may have, if any."""
