@@ -88,7 +88,10 @@ def welcome(config: LearnerConfig, port: int, console: Console) -> None:
         "server": f"{url}/metrics",
         "learner": f"{url_of(config.serving.host, config.learner_metrics_port)}/metrics",
         "data": str(config.serving.feedback.data.absolute()),
+        "API keys": f"{config.serving.api_keys_file}   (heed chat and simulate take one from HEED_API_KEY)",
     }
+    if config.serving.api_keys_file is None:
+        del places["API keys"]
     if not config.learner_metrics_port:
         del places["learner"]
     nexts = {

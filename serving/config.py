@@ -81,7 +81,7 @@ class ServingConfig(Settings):
         min_length=1,
         max_length=1000,
         repr=False,
-        description="bearer token of the /admin routes, which do not exist without one; opens any reply, too",
+        description="bearer token of the /admin routes, which do not exist without one; it also opens every reply",
     )
     ask_share: float = Field(
         0.01, ge=0, le=1, description="share of replies, drawn at random, that ask for feedback: the unbiased slice"

@@ -14,7 +14,6 @@ import logging
 import re
 import time
 import tomllib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +54,11 @@ class Keys:
         except (OSError, ValueError) as error:
             raise SettingError(f"{variable('api_keys_file')}={path}", None, _reason(error)) from None
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the keys now in force, sorted."""
+        return sorted({key.name for key in self._keys.values()})
+
     def holder(self, authorization: str) -> Key:
         """The key that this Authorization header carries. Raises UnknownKey."""
         self._look()
@@ -82,7 +86,7 @@ class Keys:
             if text != self._text:
                 self._keys = parse_keys(text)
                 self._text = text
-                _log.info("%s was read again: %s.", self._path, _names(self._keys.values()))
+                _log.info("%s was read again; its keys: %s.", self._path, ", ".join(self.names) or "none")
             self._problem = None
         except (OSError, ValueError) as error:
             problem = _reason(error)
@@ -131,10 +135,6 @@ def _quota(name: str, given: object) -> int | None:
     if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MAX_QUOTA:
         raise ValueError(f"[{name}] quota must be a whole number from 1 to {MAX_QUOTA}, requests a minute")
     return given
-
-
-def _names(keys: Iterable[Key]) -> str:
-    return ", ".join(sorted({key.name for key in keys})) or "no key is left, nobody is answered"
 
 
 def _reason(error: OSError | ValueError) -> str:

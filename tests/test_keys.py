@@ -284,7 +284,7 @@ def test_keys_are_never_logged(keyed: Served, file: Path, caplog: pytest.LogCapt
     file.write_text(table("web", "web-key", "other"))
     time.sleep(LOOK_EVERY_S)
     give(keyed, "web-key", reply(keyed))
-    assert f"{file} was read again: web." in caplog.text
+    assert f"{file} was read again; its keys: web." in caplog.text
     assert "web-key" not in caplog.text
     assert "a-wrong-key" not in caplog.text
 
