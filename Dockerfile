@@ -21,7 +21,8 @@ RUN pip install . && rm -rf /src
 RUN useradd --create-home --uid 10001 heed && install --directory --owner heed /data
 USER heed
 WORKDIR /data
-# In a container, loopback is reachable by nobody; what may reach the container is decided outside.
+# In a container, loopback is reachable by nobody. A server then wants HEED_API_KEYS_FILE, or --insecure where the port is
+# published to this machine alone.
 ENV HEED_DATA=/data HEED_HOST=0.0.0.0 HEED_PORT=8000
 VOLUME /data
 EXPOSE 8000 9464

@@ -13,7 +13,7 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from deploy.client import Refused, complaint, is_local
+from deploy.client import Refused, bearing, complaint, is_local
 
 HELP = """\
 [b]+[/b] or [b]-[/b]      thumb up or down for the last reply      [b]1[/b] … [b]5[/b]  stars for it
@@ -76,10 +76,10 @@ class Talk:
         return answer
 
 
-def chat(url: str, user: str, model: str, console: Console) -> None:
+def chat(url: str, user: str, model: str, console: Console, key: str | None = None) -> None:
     """Reads lines until Ctrl-D or /quit. A refusal is shown and the conversation goes on; raises Refused at the start
     when no server answers."""
-    with httpx.Client(base_url=url, timeout=300, trust_env=not is_local(url)) as http:
+    with httpx.Client(base_url=url, headers=bearing(key), timeout=300, trust_env=not is_local(url)) as http:
         talk = Talk(http, user, model)
         try:
             current = talk.policy()["current"] or "v0"

@@ -55,6 +55,7 @@ def findings(config: LearnerConfig) -> Iterator[Finding]:
         yield from guarded("clock", lambda: clock(config))
     if config.serving.feedback.redis_url is not None:
         yield redis(config.serving.feedback.redis_url, config.serving.feedback.policy)
+    yield from guarded("keys", lambda: keys(config))
     yield from guarded("model", lambda: model_and_adapters(config, adapters=usable))
     yield server(config)
     yield learner(config)
@@ -132,6 +133,14 @@ def clock(config: LearnerConfig) -> Iterator[Finding]:
         yield Finding("clock", "warn", f"{drift:.0f} s from the file system's", "Set this machine's clock (NTP).")
     else:
         yield Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+
+
+def keys(config: LearnerConfig) -> Iterator[Finding]:
+    from serving.keys import Keys
+
+    path = config.serving.api_keys_file
+    if path is not None:
+        yield Finding("keys", "ok", f"{path}: {', '.join(Keys(path).names)}")
 
 
 def model_and_adapters(config: LearnerConfig, adapters: bool) -> Iterator[Finding]:

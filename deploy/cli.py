@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deploy.door import NotDone, address, guarded, prepare_process, settings
+from deploy.door import NotDone, guarded, prepare_process, server, settings
 
 app = typer.Typer(
     name="heed",
@@ -28,6 +28,12 @@ Port = Annotated[int | None, typer.Option(help="TCP port of chat, feedback and p
 Host = Annotated[str | None, typer.Option(help="Address to listen on. (HEED_HOST, else 127.0.0.1)")]
 Model = Annotated[str | None, typer.Option(help="Base model: directory or hub id. (HEED_MODEL, else the built-in one)")]
 Url = Annotated[str | None, typer.Option(help="Address of the server. (this machine, HEED_PORT)")]
+ApiKey = Annotated[
+    str | None, typer.Option("--key", "--api-key", help="API key, where the server wants one. (HEED_API_KEY)")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Listen beyond this machine without API keys. (HEED_INSECURE)")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
@@ -46,19 +52,28 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def up(data: Data = None, port: Port = None, model: Model = None, host: Host = None) -> None:
+def up(
+    data: Data = None, port: Port = None, model: Model = None, host: Host = None, insecure: Insecure = False
+) -> None:
     """Start server and learner on this machine; keep them running until Ctrl-C."""
     from deploy.welcome import run_local
 
-    raise typer.Exit(run_local(settings(data=data, port=port, model=model, host=host), os.environ, Console()))
+    config = settings(data=data, port=port, model=model, host=host, insecure=insecure or None)
+    raise typer.Exit(run_local(config, os.environ, Console()))
 
 
 @app.command()
 def serve(
-    data: Data = None, port: Port = None, model: Model = None, host: Host = None, supervised: Supervised = False
+    data: Data = None,
+    port: Port = None,
+    model: Model = None,
+    host: Host = None,
+    insecure: Insecure = False,
+    supervised: Supervised = False,
 ) -> None:
     """Start the server alone."""
-    config = settings(warn=not supervised, data=data, port=port, model=model, host=host)
+    flags = {"data": data, "port": port, "model": model, "host": host, "insecure": insecure or None}
+    config = settings(warn=not supervised, **flags)
     prepare_process(supervised)
     from serving.process import serve as run
 
@@ -86,18 +101,21 @@ def learn(
 @app.command()
 def chat(
     url: Url = None,
+    key: ApiKey = None,
     user: Annotated[str | None, typer.Option(help="Who you are as a rater. (your login name)")] = None,
     model: Annotated[str, typer.Option(help="A policy, or one version of it: default@v3.")] = "default",
 ) -> None:
     """Talk and rate in the terminal."""
     from deploy.chat import chat as run
 
-    run(address(url), user or getpass.getuser(), model, Console())
+    url, key = server(url, key)
+    run(url, user or getpass.getuser(), model, Console(), key)
 
 
 @app.command()
 def simulate(
     url: Url = None,
+    key: ApiKey = None,
     rater: Annotated[
         str, typer.Option(help="What they like: a manner, or several joined by +, as emoji+short; ? lists them.")
     ] = "emoji",
@@ -122,8 +140,9 @@ def simulate(
     """Simulated people with a hidden taste chat and rate; watch what they think change."""
     from deploy.simulate import Plan, run
 
+    url, key = server(url, key)
     plan = Plan(
-        url=address(url), taste=rater, noise=noise, bias=bias, sparsity=sparsity, exchanges=exchanges, raters=raters,
+        url=url, key=key, taste=rater, noise=noise, bias=bias, sparsity=sparsity, exchanges=exchanges, raters=raters,
         kinds=kinds, prompts=prompts, at_once=at_once, wait_s=wait, seed=seed,
     )  # fmt: skip
     run(plan, Console(stderr=as_json), as_json)

@@ -47,15 +47,26 @@ class Client:
     """Asynchronous, with one connection pool; use it in `async with`."""
 
     def __init__(
-        self, url: str, *, patience_s: float = 120.0, absence_s: float = 20.0, timeout_s: float = 300.0
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        patience_s: float = 120.0,
+        absence_s: float = 20.0,
+        timeout_s: float = 300.0,
     ) -> None:
-        """In seconds: `patience_s`, how long a busy server is asked again; `absence_s`, how long one that was there may
-        be away, as it is when it restarts; `timeout_s`, for one answer."""
+        """`key`: the API key, where the server wants one.
+
+        In seconds: `patience_s`, how long a busy server is asked again; `absence_s`, how long one that was there may be
+        away, as it is when it restarts; `timeout_s`, for one answer.
+        """
         self.url = url.rstrip("/")
         self.patience_s, self.absence_s = patience_s, absence_s
         self._met = False
         # A proxy that is set for the world outside must not catch what stays on this machine.
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout_s, trust_env=not is_local(self.url))
+        self._http = httpx.AsyncClient(
+            base_url=self.url, headers=bearing(key), timeout=timeout_s, trust_env=not is_local(self.url)
+        )
 
     async def __aenter__(self) -> Client:
         return self
@@ -125,10 +136,16 @@ def retry_after(answer: httpx.Response, longest_s: float = 10.0) -> float:
     return min(longest_s, max(0.1, float(named))) if named.isdecimal() else 0.5
 
 
+def bearing(key: str | None) -> dict[str, str]:
+    """The headers that carry an API key."""
+    return {} if key is None else {"authorization": f"Bearer {key}"}
+
+
 def complaint(answer: httpx.Response) -> str:
     """What an error body says (OpenAI's shape), else the start of whatever came."""
+    hint = " Name it with --key or HEED_API_KEY." if answer.status_code == 401 else ""
     try:
-        return str(answer.json()["error"]["message"])
+        return str(answer.json()["error"]["message"]) + hint
     except (ValueError, KeyError, TypeError):
         return answer.text[:200]
 

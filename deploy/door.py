@@ -74,14 +74,14 @@ def settings(*, warn: bool = True, **flags: object) -> LearnerConfig:
     return load(LearnerConfig, environ=os.environ, toml=Path("heed.toml"), flags=flags)
 
 
-def address(url: str | None) -> str:
-    """The server to talk to: the one named, else the one these settings start."""
-    if url is not None:
-        return url if "://" in url else f"http://{url}"
+def server(url: str | None, key: str | None) -> tuple[str, str | None]:
+    """The address of the server to talk to, and the API key for it: those named, else those of the settings."""
     from deploy.local import url_of
 
-    serving = settings().serving
-    return url_of(serving.host, serving.port)
+    serving = settings(api_key=key).serving
+    if url is None:
+        url = url_of(serving.host, serving.port)
+    return url if "://" in url else f"http://{url}", serving.api_key
 
 
 def prepare_process(supervised: bool) -> None:

@@ -35,6 +35,8 @@ class Plan:
     """Who says what to whom, how often, and how they rate it."""
 
     url: str
+    key: str | None = field(default=None, repr=False)
+    """The API key, where the server wants one."""
     taste: str = "emoji"
     noise: float = 0.1
     bias: float = 0.0
@@ -138,7 +140,7 @@ async def simulate(
     plan: Plan, people: Sequence[Rater], prompts: Sequence[str], kinds: Sequence[str], tally: Tally
 ) -> None:
     """All exchanges, then a wait for a newer version, then the same people are asked what they think of that one."""
-    async with Client(plan.url) as client:
+    async with Client(plan.url, key=plan.key) as client:
         await client.policy()  # fails at once where nobody answers
         turns = iter(schedule(plan, people, prompts, kinds, plan.exchanges))
         await in_parallel(plan.at_once, lambda: exchange_all(client, turns, tally))

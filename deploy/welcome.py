@@ -61,6 +61,7 @@ def environ_of_children(config: LearnerConfig, port: int, environ: Mapping[str, 
         "HEED_HOST": serving.host,
         "HEED_PORT": str(port),
         **({"HEED_MODEL": serving.model} if serving.model is not None else {}),
+        **({"HEED_INSECURE": "true"} if serving.insecure else {}),
         "PYTHONUNBUFFERED": "1",
     }
     if "drain_delay_s" not in serving.model_fields_set:
@@ -87,7 +88,10 @@ def welcome(config: LearnerConfig, port: int, console: Console) -> None:
         "server": f"{url}/metrics",
         "learner": f"{url_of(config.serving.host, config.learner_metrics_port)}/metrics",
         "data": str(config.serving.feedback.data.absolute()),
+        "API keys": f"{config.serving.api_keys_file}   (heed chat and simulate take one from HEED_API_KEY)",
     }
+    if config.serving.api_keys_file is None:
+        del places["API keys"]
     if not config.learner_metrics_port:
         del places["learner"]
     nexts = {

@@ -22,8 +22,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 UNBUILT: Mapping[str, str | None] = {
-    "api_keys_file": None,
-    "insecure": None,
     "canary_share": "0",
 }
 """Settings whose feature is not built yet, and the one value they may have, if any."""

@@ -19,6 +19,7 @@ from serving.adapters import AdapterStore
 from serving.config import ServingConfig
 from serving.errors import BadRequest, HeedError, MethodNotAllowed, NotFound
 from serving.ids import Ids
+from serving.keys import Keys
 from serving.metrics import Metrics, Now, role_of
 from serving.model import BUILT_IN
 from serving.routes import admin, chat, feedback, operations, policy
@@ -31,12 +32,19 @@ HINT_WAIT_S = 5.0
 
 
 def create_app(
-    config: ServingConfig, *, ids: Ids, log: Log, board: Board, store: AdapterStore, speaker: Speaker | None = None
+    config: ServingConfig,
+    *,
+    ids: Ids,
+    log: Log,
+    board: Board,
+    store: AdapterStore,
+    keys: Keys | None = None,
+    speaker: Speaker | None = None,
 ) -> FastAPI:
     """An application over these parts, which the caller opened and will close.
 
-    Without a `speaker` (engine, chat, base, swapper) it answers all but chats; give it one later as
-    `app.state.wiring.speaker`, when the model is loaded.
+    Without `keys` everyone is answered. Without a `speaker` (engine, chat, base, swapper) it answers all but chats; give
+    it one later as `app.state.wiring.speaker`, when the model is loaded.
     """
     wiring = Wiring(
         config=config,
@@ -46,6 +54,7 @@ def create_app(
         store=store,
         metrics=Metrics(store.policy),
         base_name=base_name(config.model),
+        keys=keys,
         speaker=speaker,
     )
     wiring.metrics.watch(lambda: _now(wiring))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import ipaddress
 import os
 import socket
 import time
@@ -76,11 +77,24 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address of this host name. Raises CannotStart."""
+def _check_loopback(host: str, addresses: set[str]) -> None:
+    """Raises CannotStart unless all that this host name stands for is reached from this machine alone."""
+    for address in sorted(addresses):
+        if not ipaddress.ip_address(address).is_loopback:
+            raise CannotStart(
+                Exit.SETTING,
+                f"HEED_HOST={host}: others may reach {address}, and without API keys anyone may chat and rate. Set "
+                "HEED_API_KEYS_FILE to a file of keys, or HEED_INSECURE=1 (--insecure) where only friends get there.",
+            )
+
+
+def listen(host: str, port: int, *, private: bool = False) -> list[socket.socket]:
+    """Sockets that listen on every address of this host name; `private`: all must be loopback. Raises CannotStart."""
     sockets: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        if private:
+            _check_loopback(host, {str(where[0]) for *_, where in found})
         for family, _, _, _, where in dict.fromkeys(found):
             if sockets and port == 0:
                 break  # a free port of one address may be taken on another

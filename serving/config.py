@@ -61,12 +61,27 @@ class ServingConfig(Settings):
     adapters: Path | None = Field(
         None, description="folder of the adapter store, which many servers may share; none: one in the data folder"
     )
+    api_keys_file: Path | None = Field(
+        None,
+        description="TOML file of the API keys, read again when it changes: `[name]`, below it `sha256` and, if there is "
+        "one, `quota`; with it every /v1 route needs a key",
+    )
+    insecure: bool = Field(
+        False,
+        description="whether to listen beyond this machine without API keys: whoever gets there may chat and rate",
+    )
+    api_key: str | None = Field(
+        None,
+        pattern=r"^[!-~]{1,1000}$",
+        repr=False,
+        description="the API key that `heed chat` and `heed simulate` send, where the server wants one",
+    )
     admin_token: str | None = Field(
         None,
         min_length=1,
         max_length=1000,
         repr=False,
-        description="bearer token of the /admin routes; without one they do not exist",
+        description="bearer token of the /admin routes, which do not exist without one; it also opens every reply",
     )
     ask_share: float = Field(
         0.01, ge=0, le=1, description="share of replies, drawn at random, that ask for feedback: the unbiased slice"

@@ -4,6 +4,7 @@ HeedError
 ├── BadRequest            400  the request cannot be understood, or asks for what Heed does not do
 │   └── ContextTooLong    400  context_length_exceeded
 ├── Unauthorized          401  the admin token is missing or wrong
+│   └── UnknownKey        401  invalid_api_key   no API key, or none of ours
 ├── NotFound              404
 │   ├── UnknownModel      404  model_not_found
 │   ├── UnknownReply      404  unknown_reply     not an id of ours, or another caller's
@@ -15,6 +16,7 @@ HeedError
 ├── TooLarge              413
 ├── Unprocessable         422  malformed feedback or admin command
 ├── TooManyRequests       429  + Retry-After     the queue is full
+│   └── OverQuota         429  + Retry-After     the key's requests of this minute are used up
 ├── ServerFailed          500  the engine failed
 └── Unavailable           503  + Retry-After     loading, draining, or the log takes nothing
 """
@@ -66,6 +68,11 @@ class Unauthorized(HeedError):
 
     def headers(self) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"}
+
+
+class UnknownKey(Unauthorized):
+    type = "invalid_request_error"
+    code = "invalid_api_key"
 
 
 class NotFound(HeedError):
@@ -123,6 +130,26 @@ class TooManyRequests(HeedError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+
+
+class OverQuota(TooManyRequests):
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, quota: int, retry_after: float) -> None:
+        """`quota`: requests a minute; `retry_after`: seconds until one is granted again."""
+        super().__init__(
+            f"This API key may send {quota} chats and feedback a minute, and has. Try again in {retry_after:.1f} s.",
+            retry_after=retry_after,
+        )
+        self._limits = {
+            "x-ratelimit-limit-requests": str(quota),
+            "x-ratelimit-remaining-requests": "0",
+            "x-ratelimit-reset-requests": f"{retry_after:.3f}s",
+        }
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | self._limits
 
 
 class ServerFailed(HeedError):

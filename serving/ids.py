@@ -2,9 +2,12 @@
 
     chatcmpl-<40 characters>[:<choice>]      12 random bytes | 1 byte kept and n | 4 bytes caller tag | 8 bytes MAC
     fb-<40 characters>                       17 bytes, random or derived from caller and client id    | 8 bytes MAC
+                                             (of a domain of its own for each API key)
 
 25 bytes are exactly 40 characters of base32, so that no two spellings mean the same id. The MAC is HMAC-SHA256 cut to
 64 bits, under a key that is the secret's alone; every use of the secret has a domain of its own.
+
+What was given while there were no API keys is nobody's: whoever holds such an id may go on using it, whatever their key.
 """
 
 from __future__ import annotations
@@ -59,10 +62,11 @@ class Ids:
         about = bytes([(_KEPT if kept else 0) | (choices - 1)])
         return "chatcmpl-" + self._sealed("reply", secrets.token_bytes(12) + about + self._tag(caller_key))
 
-    def verify_reply(self, reply_id: str, caller_key: str) -> ReplyId:
+    def verify_reply(self, reply_id: str, caller_key: str | None) -> ReplyId:
         """What the id says, if it is ours, this caller's, and of a reply that was kept.
 
-        Raises UnknownReply (not ours, another caller's, or no such choice) and NotStored.
+        `caller_key`: the name of their API key, "" while there are none; None: an operator, who may see all. Raises
+        UnknownReply (not ours, another caller's, or no such choice) and NotStored.
         """
         found = self.read_reply(reply_id, caller_key)
         if not found.kept:
@@ -72,28 +76,28 @@ class Ids:
             )
         return found
 
-    def read_reply(self, reply_id: str, caller_key: str) -> ReplyId:
+    def read_reply(self, reply_id: str, caller_key: str | None) -> ReplyId:
         """As `verify_reply`, kept or not. Raises UnknownReply."""
         match = _REPLY.fullmatch(reply_id)
         payload = self._unsealed("reply", match[1]) if match else None
         # One answer for wrong and for foreign: whoever holds a foreign id learns nothing of it.
-        if match is None or payload is None or not hmac.compare_digest(payload[13:], self._tag(caller_key)):
+        if match is None or payload is None or not self._may_use(payload[13:], caller_key):
             raise _unknown_reply(reply_id)
         choices, choice = (payload[12] & 0x0F) + 1, int(match[2] or 0)
         if choice >= choices:
             raise _unknown_reply(reply_id)
         return ReplyId(f"chatcmpl-{match[1]}", choice, bool(payload[12] & _KEPT), choices)
 
-    def new_feedback(self, caller: str, client_id: str | None) -> str:
+    def new_feedback(self, caller: str, client_id: str | None, caller_key: str = "") -> str:
         """A receipt's id: the same for the same caller and client id, random where the client gave none."""
-        if client_id is None:
-            return "fb-" + self._sealed("feedback", secrets.token_bytes(17))
-        return "fb-" + self._sealed("feedback", self._mac("receipt", _framed(caller, client_id))[:17])
+        derived = None if client_id is None else self._mac("receipt", _framed(caller, client_id))[:17]
+        return "fb-" + self._sealed(_feedback_domain(caller_key), derived or secrets.token_bytes(17))
 
-    def verify_feedback(self, feedback_id: str) -> None:
-        """Raises UnknownFeedback when the id is none that a server with this secret gave."""
+    def verify_feedback(self, feedback_id: str, caller_key: str = "") -> None:
+        """Raises UnknownFeedback when the id is none that a server with this secret gave to this key."""
         match = _FEEDBACK.fullmatch(feedback_id)
-        if match is None or self._unsealed("feedback", match[1]) is None:
+        domains = {_feedback_domain(caller_key), _feedback_domain("")}
+        if match is None or all(self._unsealed(domain, match[1]) is None for domain in domains):
             raise UnknownFeedback(
                 f"There is no feedback {_shown(feedback_id)} here. "
                 "Send the id from the receipt of POST /v1/feedback, as it was given."
@@ -106,6 +110,11 @@ class Ids:
     def digest(self, body: bytes) -> str:
         """Digest of a request's body, keyed, because the space of all thumbs is small enough to be searched."""
         return self._mac("body", body)[:16].hex()
+
+    def _may_use(self, tag: bytes, caller_key: str | None) -> bool:
+        if caller_key is None:
+            return True
+        return any(hmac.compare_digest(tag, self._tag(key)) for key in (caller_key, ""))
 
     def _tag(self, caller_key: str) -> bytes:
         return self._mac("key", caller_key.encode())[:4]
@@ -120,6 +129,10 @@ class Ids:
 
     def _mac(self, domain: str, data: bytes) -> bytes:
         return hmac.digest(self._secret, domain.encode() + b"\0" + data, "sha256")
+
+
+def _feedback_domain(caller_key: str) -> str:
+    return f"feedback {caller_key}" if caller_key else "feedback"
 
 
 def _framed(*parts: str) -> bytes:

@@ -27,6 +27,7 @@ from prometheus_client import disable_created_metrics
 from transformers import PreTrainedModel
 
 from feedback.board import open_board
+from feedback.config import SettingError
 from feedback.events import EXCHANGES, FEEDBACK
 from feedback.log import LogUnavailable, open_log
 from serving.adapters import AdapterStore, describe_base
@@ -38,6 +39,7 @@ from serving.cores import cores
 from serving.engine import Engine, ModelError, load_model
 from serving.exits import Exit
 from serving.ids import Ids, load_secret
+from serving.keys import Keys
 from serving.lora import target_modules
 from serving.model import find_model, stored_as_bfloat16
 from serving.native import Native
@@ -60,11 +62,12 @@ def serve(config: ServingConfig) -> int:
     # they double what is scraped, and tell nothing that the totals do not
     disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
+        keys = _keys(config)
         with contextlib.ExitStack() as held:
             prepare_folder(config.feedback.data)
             lock = held.enter_context(hold(config.feedback.data / "server.lock"))
-            app = held.enter_context(_application(config))
-            sockets = listen(config.host, config.port)
+            app = held.enter_context(_application(config, keys))
+            sockets = listen(config.host, config.port, private=not (keys or config.insecure))
             address = _address(config.host, sockets[0])
             os.write(lock, f"{os.getpid()} {address}\n".encode())
             server = _Server(config, app, address, on_leaving=lambda: os.write(lock, LEAVING))
@@ -234,8 +237,16 @@ def _max_len(config: ServingConfig, model: object) -> int:
     return config.max_model_len or min(most, LONGEST_UNASKED)
 
 
+def _keys(config: ServingConfig) -> Keys | None:
+    """The API keys; None where nobody needs one. Raises CannotStart."""
+    try:
+        return Keys(config.api_keys_file) if config.api_keys_file is not None else None
+    except SettingError as error:
+        raise CannotStart(Exit.SETTING, str(error)) from error
+
+
 @contextlib.contextmanager
-def _application(config: ServingConfig) -> Iterator[FastAPI]:
+def _application(config: ServingConfig, keys: Keys | None) -> Iterator[FastAPI]:
     """The application over the parts that last as long as the process. Raises CannotStart."""
     feedback = config.feedback
     try:
@@ -245,7 +256,7 @@ def _application(config: ServingConfig) -> Iterator[FastAPI]:
         raise CannotStart(Exit.DATA, f"{error} (HEED_DATA={feedback.data})") from error
     with contextlib.closing(log):
         store = AdapterStore(config.adapter_root, feedback.policy)
-        yield create_app(config, ids=ids, log=log, board=open_board(feedback, "server"), store=store)
+        yield create_app(config, ids=ids, log=log, board=open_board(feedback, "server"), store=store, keys=keys)
 
 
 def _address(host: str, listening: socket.socket) -> str:

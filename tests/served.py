@@ -26,6 +26,7 @@ from serving.adapters import AdapterStore, Base
 from serving.app import create_app, follow_hints
 from serving.config import ServingConfig
 from serving.ids import Ids, load_secret
+from serving.keys import Keys
 from serving.lora import AdapterWeights
 from serving.process import load_speaker
 from serving.routes.wiring import Wiring
@@ -189,7 +190,8 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     real = open_log(feedback, writes=(EXCHANGES, FEEDBACK), outbox=True)
     board = open_board(feedback, "server")
     store = AdapterStore(config.adapter_root, feedback.policy)
-    app = create_app(config, ids=Ids(load_secret(feedback)), log=log(real), board=board, store=store)
+    keys = Keys(config.api_keys_file) if config.api_keys_file else None
+    app = create_app(config, ids=Ids(load_secret(feedback)), log=log(real), board=board, store=store, keys=keys)
     wiring: Wiring = app.state.wiring
     loop = wiring.loop = asyncio.new_event_loop()
     if speaks:

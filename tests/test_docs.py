@@ -20,6 +20,7 @@ from deploy.cli import app
 from feedback.config import reference
 from feedback.events import KINDS, SIGNALS
 from learner.config import LearnerConfig
+from serving.keys import Keys
 from serving.routes import admin, chat, feedback, operations, policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,17 @@ def test_routes_of_the_readme_exist():
     for path in named:
         pattern = path.replace("fb-…", "{feedback_id}")
         assert pattern in routes, path
+
+
+def test_the_command_that_makes_a_key_makes_one_that_is_known(tmp_path: Path):
+    [block] = [text for text in blocks("sh") if "openssl" in text]
+    making, _, starting = block.partition("\n\n")
+    made = subprocess.run(["bash", "-ec", making], cwd=tmp_path, capture_output=True, text=True, check=True)
+    key = made.stdout.strip().removeprefix("the key: ")
+    assert len(key) == 48
+    [setting] = re.findall(r"HEED_API_KEYS_FILE=(\S+) ", starting)
+    known = Keys(tmp_path / setting).holder(f"Bearer {key}")
+    assert (known.name, known.quota) == ("web", 600)
 
 
 def test_every_kind_of_feedback_is_explained():

@@ -17,7 +17,7 @@ ROOMS = ("feedback", "serving", "learner", "deploy")
 FOLDERS = {*ROOMS, "tests", "benchmarks", "docs", ".ci"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "manager", "misc"}
 WEB = {"fastapi", "starlette", "uvicorn", "kafka", "redis", "prometheus_client"}
-SERVERS_OWN = {"app", "ids", "metrics", "process", "routes", "schemas", "static", "swap"}
+SERVERS_OWN = {"app", "ids", "keys", "metrics", "process", "routes", "schemas", "static", "swap"}
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".html", ".js", ".css"}
 MACHINE_PATH = re.compile(r"""(?:^|[\s"'`(=])/(?:home|root|Users|work)/""", re.MULTILINE)
 

@@ -293,6 +293,9 @@ def test_flags_reach_the_children_as_variables_and_beat_those():
     assert environ["HEED_DATA"] == "elsewhere"
     assert environ["HEED_MODEL"] == "gpt2"
     assert environ["OTHER"] == "x"
+    assert "HEED_INSECURE" not in environ
+    insecure = load(LearnerConfig, environ={}, toml=None, flags={"insecure": True})
+    assert environ_of_children(insecure, 9000, {})["HEED_INSECURE"] == "true"
 
 
 def test_heed_up_drains_at_once_unless_told_otherwise(tmp_path: Path):

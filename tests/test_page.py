@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -48,10 +49,11 @@ FLAGS = (
 class Page:
     """What a person at the page does and sees."""
 
-    def __init__(self, browser: WebDriver, server: Served) -> None:
+    def __init__(self, browser: WebDriver, server: Served, *, closed: bool = False) -> None:
+        """`closed`: until a key is given, the server tells nothing."""
         self.browser, self.server = browser, server
         browser.get(server.url)
-        self.until(lambda: self.text("#current") != "…")
+        self.until(lambda: self.text("#key-trouble") if closed else self.text("#current") != "…")
 
     def all(self, selector: str) -> list[WebElement]:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
@@ -314,6 +316,96 @@ def test_suggested_prompts_are_sent_by_a_click_each_in_a_chat_of_its_own(
 def test_without_known_prompts_none_are_suggested(page: Page):
     page.say("hi")
     assert not page.one("#prompts").is_displayed()
+
+
+# where a key is needed
+
+
+@pytest.fixture
+def keyed(browser: WebDriver, serve_with: Callable[..., Served], tmp_path: Path, monkeypatch: Any) -> Iterator[Page]:
+    digests = {name: hashlib.sha256(f"{name}-key".encode()).hexdigest() for name in ("web", "app")}
+    keys = tmp_path / "keys.toml"
+    keys.write_text("".join(f"[{name}]\nsha256 = '{digest}'\n" for name, digest in digests.items()))
+    server = serve_with(api_keys_file=keys)
+    speak_briefly(server, monkeypatch)
+    yield Page(browser, server, closed=True)
+    browser.get_log("browser")  # a 401 is an error to the browser
+    browser.get("about:blank")
+
+
+def give_key(page: Page, key: str) -> None:
+    page.one("#key").clear()
+    page.one("#key").send_keys(key + Keys.ENTER)
+
+
+def test_a_key_is_asked_for_and_then_all_is_as_ever(keyed: Page):
+    assert keyed.text("#key-trouble") == "This server needs an API key."
+    assert keyed.browser.switch_to.active_element.get_attribute("id") == "key"
+    assert keyed.one("#key").accessible_name == "API key"
+    give_key(keyed, "web-key")
+    keyed.until(lambda: not keyed.one("#key-form").is_displayed())
+    keyed.say("hi")
+    keyed.press("up")
+    keyed.until(lambda: keyed.text("#current") == "v0")
+    (reply,) = keyed.server.exchanges()
+    assert thumbs(keyed.server) == [(reply.id, 1)]
+    assert keyed.server.wiring.ids.verify_reply(reply.id, "web").kept
+    assert keyed.story() == ["counted"]
+
+
+@pytest.mark.parametrize("wrong", ["wrong-key", "ключ"])
+def test_a_wrong_key_is_said_to_be_wrong_and_another_may_be_given(keyed: Page, wrong: str):
+    give_key(keyed, wrong)
+    keyed.until(lambda: keyed.text("#key-trouble") == "This API key is not one of this server's.")
+    time.sleep(2.5)  # the page has asked for the policy again, without a key
+    assert keyed.text("#key-trouble") == "This API key is not one of this server's."
+    assert keyed.one("#key-form").is_displayed()
+    give_key(keyed, "web-key")
+    keyed.until(lambda: keyed.text("#current") == "v0")
+    assert not keyed.one("#key-form").is_displayed()
+
+
+def test_a_key_is_kept_for_the_visit_and_nowhere_else(keyed: Page):
+    give_key(keyed, "web-key")
+    keyed.until(lambda: keyed.text("#current") == "v0")
+    keyed.browser.refresh()
+    keyed.until(lambda: keyed.text("#current") == "v0")
+    assert not keyed.one("#key-form").is_displayed()
+    stored = "return [JSON.stringify(sessionStorage), JSON.stringify(localStorage) + document.cookie + location.href]"
+    session, elsewhere = keyed.browser.execute_script(stored)
+    assert "web-key" in session
+    assert "web-key" not in elsewhere
+    keyed.browser.switch_to.new_window("tab")
+    try:
+        other = Page(keyed.browser, keyed.server, closed=True)
+        assert other.one("#key-form").is_displayed()
+    finally:
+        keyed.browser.close()
+        keyed.browser.switch_to.window(keyed.browser.window_handles[0])
+
+
+def test_a_key_that_is_taken_away_is_asked_for_again(keyed: Page):
+    give_key(keyed, "web-key")
+    keyed.until(lambda: keyed.text("#current") == "v0")
+    keys = keyed.server.wiring.config.api_keys_file
+    assert keys is not None
+    keys.write_text("[app]" + keys.read_text().partition("[app]")[2])
+    keyed.until(lambda: keyed.one("#key-form").is_displayed())
+    assert keyed.text("#key-trouble") == "This API key is not one of this server's."
+    give_key(keyed, "app-key")
+    keyed.until(lambda: not keyed.one("#key-form").is_displayed())
+
+
+def test_the_form_for_a_key_fits_a_small_screen(keyed: Page):
+    size = {"width": 320, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    keyed.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        wide = keyed.browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+        assert wide == [320, 320]
+        assert keyed.one("#send").rect["y"] + keyed.one("#send").rect["height"] <= 700
+        assert keyed.one("#key").rect["width"] > 150
+    finally:
+        keyed.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 # when things go wrong

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from deploy.chat import chat, harmless
+from deploy.check import guarded
+from deploy.check import keys as look_at_keys
 from deploy.check import server as look_at_server
 from deploy.client import Refused
+from deploy.door import server as address_and_key
 from deploy.simulate import Plan, Tally, cast_of, simulate
+from feedback.config import SettingError
+from feedback.events import Feedback
 from learner.config import LearnerConfig
 from serving.config import ServingConfig
 from serving.model import find_model
@@ -97,6 +104,51 @@ def test_simulated_people_rate_a_real_server_in_every_kind(server: Served):
     assert len(server.said()) == sum(tally.feedback.values())
     assert tally.feedback["thumb"] == tally.feedback["rating"] == 3
     assert json.dumps(tally.summary(plan))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.toml"
+    path.write_text(f"[web]\nsha256 = '{hashlib.sha256(b'the-key').hexdigest()}'\nquota = 120\n")
+    return path
+
+
+def test_where_a_key_is_needed_chat_and_simulate_bring_it_or_say_so(
+    serve_with: Callable[..., Served], keys: Path, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+):
+    server = serve_with(api_keys_file=keys)
+    for wrong in (None, "another"):
+        with pytest.raises(Refused, match=r"API key.* Name it with --key or HEED_API_KEY\."):
+            chat(server.url, "ann", "default", Console(file=screen), wrong)
+        plan = Plan(server.url, key=wrong, exchanges=2, raters=1, wait_s=0)
+        with pytest.raises(Refused, match="HEED_API_KEY"):
+            asyncio.run(simulate(plan, cast_of(plan), ["hello"], ["thumb"], Tally()))
+        assert "another" not in repr(plan)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n+\n"))
+    chat(server.url, "ann", "default", Console(file=screen), "the-key")
+    plan = Plan(server.url, key="the-key", exchanges=2, raters=1, wait_s=0)
+    asyncio.run(simulate(plan, cast_of(plan), ["hello"], ["rating"], Tally()))
+    assert [said.kind for said in server.said() if isinstance(said, Feedback)] == ["thumb", "rating", "rating"]
+
+
+def test_the_key_comes_from_the_flag_or_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HEED_API_KEY", raising=False)
+    assert address_and_key("far.example:1", None) == ("http://far.example:1", None)
+    monkeypatch.setenv("HEED_API_KEY", "from-the-environment")
+    assert address_and_key("https://far.example", None) == ("https://far.example", "from-the-environment")
+    assert address_and_key("far.example", "from-the-flag") == ("http://far.example", "from-the-flag")
+    with pytest.raises(SettingError, match=r"^--api-key=\(hidden\): must be") as refused:
+        address_and_key("far.example", "two words")
+    assert "two words" not in str(refused.value)
+
+
+def test_check_reads_the_keys(keys: Path):
+    config = LearnerConfig(serving=ServingConfig(api_keys_file=keys))
+    assert [(found.verdict, found.says) for found in look_at_keys(config)] == [("ok", f"{keys}: web")]
+    keys.write_text("[web]\n")
+    [found] = guarded("keys", lambda: look_at_keys(config))
+    assert (found.verdict, "sha256 must be" in found.says) == ("fail", True)
 
 
 def test_check_sees_a_server_that_is_ready(server: Served):

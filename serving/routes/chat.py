@@ -17,16 +17,16 @@ from serving.routes.answers import EventStream, Json, chunks, whole
 from serving.routes.asked import ask
 from serving.routes.bodies import read_as
 from serving.routes.completion import Completion
-from serving.routes.wiring import Asking, Parts, Speaker, Speaking, Wiring
+from serving.routes.wiring import Asking, Parts, Speaker, Speaking, Wiring, client_of, within_quota
 from serving.schemas import ChatIn
 from serving.swap import PinRefused
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(client_of)])
 
 ChatBody = Annotated[ChatIn, Depends(read_as(TypeAdapter(ChatIn), BadRequest))]
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, dependencies=[Depends(within_quota)])
 async def complete(request: Request, body: ChatBody, client: Asking, parts: Parts, speaker: Speaking) -> Response:
     version = await _version_named(body.model, parts, speaker)
     completion = Completion(parts, speaker, await ask(parts, speaker, body, client))

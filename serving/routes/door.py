@@ -13,6 +13,9 @@ from serving.errors import HeedError, TooLarge
 from serving.routes.wiring import Wiring
 from serving.schemas import MAX_BODY_BYTES
 
+SHORT_BODY_BYTES = 1 << 16
+"""What comes in a moment, and costs less to pass over than a new connection would."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -28,17 +31,19 @@ class Door:
             await self._app(scope, receive, send)
             return
         began, status = time.monotonic(), 0
+        bounded = _Bounded(scope, receive)
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self._parts.draining:
+                # a stranger's long body is not even waited for
+                if self._parts.draining or (status == 401 and bounded.long):
                     MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
         try:
-            await self._app(scope, _Bounded(scope, receive), answer)
+            await self._app(scope, bounded, answer)
         except Exception:  # a defect: nobody above would say so in our shape
             if status:
                 raise  # an answer that was begun is cut off, so that nobody takes it for whole
@@ -55,9 +60,12 @@ class _Bounded:
     """Reads a request's body up to the limit. Raises TooLarge beyond, or at once where the length is announced."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
-        announced = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "")
         self._bytes = int(announced) if announced.isdecimal() else 0
         self._announced = bool(self._bytes)
+        self.long = self._bytes > SHORT_BODY_BYTES or "transfer-encoding" in headers
+        """True for a body that is long, or may be."""
         self._receive = receive
 
     async def __call__(self) -> Message:

@@ -11,10 +11,10 @@ from feedback.board import Story, furthest
 from serving.errors import HeedError, Unprocessable
 from serving.routes.bodies import read_as
 from serving.routes.intake import FeedbackLog
-from serving.routes.wiring import Asking, Parts, wiring_of
+from serving.routes.wiring import Asking, Parts, client_of, wiring_of, within_quota
 from serving.schemas import FeedbackIn, Said
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(client_of)])
 
 Json = dict[str, Any]
 
@@ -34,14 +34,14 @@ FeedbackBody = Annotated[Said, Depends(_read_and_count)]
 IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key")]
 
 
-@router.post("/v1/feedback", status_code=202)
+@router.post("/v1/feedback", status_code=202, dependencies=[Depends(within_quota)])
 async def give(said: FeedbackBody, client: Asking, log: FeedbackLog, key: IdempotencyKey = None) -> Json:
     return {"id": await log.accept(said, client, key), "status": "accepted"}
 
 
 @router.get("/v1/feedback/{feedback_id}")
-async def story(feedback_id: str, parts: Parts) -> Json:
-    parts.ids.verify_feedback(feedback_id)
+async def story(feedback_id: str, client: Asking, parts: Parts) -> Json:
+    parts.ids.verify_feedback(feedback_id, client.key)
     steps = await parts.board.story(feedback_id)
     receipt = await parts.board.receipt(feedback_id)
     return {

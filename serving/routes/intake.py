@@ -53,7 +53,7 @@ class Intake:
 
     async def retract(self, feedback_id: str, client: Client) -> None:
         """Note in the log that this feedback stops counting. Raises UnknownFeedback, Unavailable."""
-        self._parts.ids.verify_feedback(feedback_id)
+        self._parts.ids.verify_feedback(feedback_id, client.key)
         board, now = self._parts.board, time.time()
         if any(step.status == "retracted" for step in await board.story(feedback_id)):
             return
@@ -74,7 +74,7 @@ class Intake:
                     "Nothing can be learned from it; rate another reply."
                 )
         caller = client.caller(said.user)
-        feedback_id = ids.new_feedback(caller, key)
+        feedback_id = ids.new_feedback(caller, key, client.key)
         digest = ids.digest(said.model_dump_json(exclude={"id"}).encode())
         if feedback_id not in accepting:
             event = _event(said, feedback_id, ids.pseudonym(caller), digest)

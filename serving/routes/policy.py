@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from feedback.events import Release
 from serving.errors import UnknownReply
-from serving.routes.wiring import Asking, Parts, Wiring
+from serving.routes.wiring import Parts, Wiring, reader_of
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(reader_of)])
 
 Json = dict[str, Any]
 
@@ -31,8 +31,8 @@ async def policy(parts: Parts) -> Json:
 
 
 @router.get("/v1/replies/{reply_id}")
-async def reply(reply_id: str, client: Asking, parts: Parts) -> Response:
-    parts.ids.verify_reply(reply_id, client.key)
+async def reply(reply_id: str, reader: Annotated[str | None, Depends(reader_of)], parts: Parts) -> Response:
+    parts.ids.verify_reply(reply_id, reader)
     exchange = await parts.board.get_exchange(reply_id)
     if exchange is None:
         raise UnknownReply(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import random
 import time
 from collections import deque
@@ -11,15 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 
 from feedback.board import Board
 from feedback.events import Release
 from feedback.log import Log
 from serving.adapters import AdapterStore, ReleaseBroken
 from serving.config import ServingConfig
-from serving.errors import Unavailable
+from serving.errors import OverQuota, Unavailable
 from serving.ids import Ids
+from serving.keys import Keys, bearer
 from serving.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class Wiring:
     """The base model, as clients name it."""
     loop: asyncio.AbstractEventLoop | None = None
     """That in which the server runs; set before a speaker is made."""
+    keys: Keys | None = None
+    """None: nobody needs one."""
     speaker: Speaker | None = None
     """None while the model is loading."""
     draining: bool = False
@@ -105,11 +109,18 @@ class Client:
     """Who is asking."""
 
     key: str
-    """The API key; "" for everyone while there are none."""
+    """The name of the API key; "" for everyone while there are none."""
     address: str
+    quota: int | None = None
+    """Chats and feedback a minute; None: no limit."""
 
     def caller(self, user: str | None) -> str:
-        """Who takes turns in the queue and whose idempotency keys these are: `user` if given, else the address."""
+        """Who takes turns in the queue and whose idempotency keys these are.
+
+        A key's `user` if given, else the holder of the key, from wherever they call; without keys `user`, else the address.
+        """
+        if self.key:
+            return f"key:{self.key}" if user is None else f"key:{self.key} user:{user}"
         return f"user:{user}" if user is not None else f"address:{self.address}"
 
 
@@ -128,10 +139,37 @@ async def _speaker(wiring: Annotated[Wiring, Depends(wiring_of)]) -> Speaker:
     return wiring.speaker
 
 
-async def _client(request: Request) -> Client:
-    return Client("", request.client.host if request.client else "")
-
-
 Parts = Annotated[Wiring, Depends(wiring_of)]
 Speaking = Annotated[Speaker, Depends(_speaker)]
-Asking = Annotated[Client, Depends(_client)]
+Authorization = Annotated[str, Header()]
+
+
+async def client_of(request: Request, parts: Parts, authorization: Authorization = "") -> Client:
+    """Raises UnknownKey where a key is needed and none of ours came. It must be asked before a body is read."""
+    address = request.client.host if request.client else ""
+    if parts.keys is None:
+        return Client("", address)
+    key = parts.keys.holder(authorization)
+    return Client(key.name, address, key.quota)
+
+
+Asking = Annotated[Client, Depends(client_of)]
+
+
+async def operates(parts: Parts, authorization: Authorization = "") -> bool:
+    """True where the admin token came with the request."""
+    token, expected = bearer(authorization).encode(), (parts.config.admin_token or "").encode()
+    return bool(expected) and hmac.compare_digest(token, expected)
+
+
+async def reader_of(
+    request: Request, parts: Parts, operating: Annotated[bool, Depends(operates)], authorization: Authorization = ""
+) -> str | None:
+    """The name of the key whose replies may be read; None for an operator, who may read all. Raises UnknownKey."""
+    return None if operating else (await client_of(request, parts, authorization)).key
+
+
+async def within_quota(client: Asking, parts: Parts) -> None:
+    """Raises OverQuota where the key has sent what it may in a minute."""
+    if client.quota is not None and (wait := await parts.board.take(client.key, client.quota)):
+        raise OverQuota(client.quota, wait)

@@ -1,5 +1,7 @@
 // Talking to the server: streamed chats, feedback, and errors in plain words.
 
+import { bearing, refused } from "./key.js";
+
 /** What went wrong, in words for the person at the page. */
 export class Trouble extends Error {}
 
@@ -11,12 +13,14 @@ const PLAIN = {
 /** fetch, with failures told plainly. Aborts are passed on as they are. */
 export async function call(path, options = {}) {
   let response;
+  const key = bearing();
   try {
-    response = await fetch(path, options);
+    response = await fetch(path, { ...options, headers: { ...options.headers, ...key } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Trouble("The server cannot be reached. Is it still running?");
   }
+  if (response.status === 401) throw new Trouble(refused(key));
   if (!response.ok) throw await troubleOf(response);
   return response;
 }
@@ -80,6 +84,7 @@ async function troubleOf(response) {
 function plainly(error, status, retryAfter) {
   const soon = retryAfter ? `in ${retryAfter} s` : "in a moment";
   if (PLAIN[error.code]) return PLAIN[error.code];
+  if (error.code === "rate_limit_exceeded") return `Your API key has been used as often as it may. Try again ${soon}.`;
   if (status === 429) return `The server is busy. Try again ${soon}.`;
   if (status === 503) return `The server is starting or stopping. Try again ${soon}.`;
   if (status >= 500) return `Something failed in the server${error.message ? `: ${error.message}` : "."}`;

@@ -1,6 +1,7 @@
 // The page: a conversation, its composer and the suggested prompts. Everything it needs comes from this server.
 
 import { call, streamChat, Trouble } from "./api.js";
+import { onKey } from "./key.js";
 import { Reply } from "./replies.js";
 import { watchPolicy } from "./strip.js";
 
@@ -154,6 +155,8 @@ by("stop").addEventListener("click", () => running?.abort());
 document.addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
 by("new-chat").addEventListener("click", beginAnew);
 by("other-prompts").addEventListener("click", suggest);
+
+onKey(() => call("/v1/policy"));
 
 watchPolicy((policy) => {
   model = policy.policy ?? model;
