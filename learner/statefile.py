@@ -84,6 +84,11 @@ CREATE TABLE updates (
 );
 """
 
+_IMPORTED = """
+CREATE INDEX IF NOT EXISTS imported ON exchanges (reply_id) WHERE json_extract(event, '$.source') = 'imported'
+"""
+"""The exchanges that no version of ours spoke in; no schema of its own, because it changes no table."""
+
 
 class StateError(Exception):
     """The state file cannot be used; the message says why and what to do."""
@@ -101,6 +106,7 @@ def open_state(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         _check(db, path)
+        db.execute(_IMPORTED)
     except sqlite3.OperationalError:
         db.close()
         raise  # the disk is full or away, and the file may be well
