@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, TextIO, get_args
 
 from deploy.door import NotDone
 
@@ -102,7 +102,10 @@ class Rows:
     def _csv(self, file: BinaryIO) -> Iterator[tuple[int, Values, str | None]]:
         csv.field_size_limit(LONGEST_BYTES)
         # bytes that are no UTF-8 become what no text may hold, so that their row is told by number
-        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
+            yield from self._records(text)
+
+    def _records(self, text: TextIO) -> Iterator[tuple[int, Values, str | None]]:
         reader = csv.reader(text, strict=True)
         try:
             names = next(reader, [])
