@@ -79,6 +79,8 @@ def run(plan: Plan, config: LearnerConfig, console: Console, as_json: bool) -> N
 def _format(plan: Plan) -> str:
     if plan.kind is not None and plan.kind not in SHAPES:
         raise NotDone(f"--kind {plan.kind}: must be one of {', '.join(SHAPES)}.")
+    if plan.kind is None and plan.out is not None and plan.out.suffix.lower() in SUFFIXES:
+        raise NotDone(f"--out {plan.out} must be a folder, for a file of each kind; to have one file say --kind too.")
     suffix = SUFFIXES.get(plan.out.suffix.lower(), "jsonl") if plan.out is not None else "jsonl"
     kind = plan.format or suffix
     if kind not in ("jsonl", "parquet"):
