@@ -21,8 +21,11 @@ import pytest
 from deploy import imports, rows, writing
 from feedback import sqlite_log
 from feedback.config import FeedbackConfig
-from feedback.events import EXCHANGES, FEEDBACK, Exchange, parse_event
+from feedback.events import Exchange
 from feedback.log import open_log
+from feedback.sqlite_file import open_reading
+from learner.intake import Intake
+from learner.metrics import LearnerMetrics
 from learner.state import State
 from serving.chat import Chat
 from serving.claims import hold
@@ -40,6 +43,7 @@ SILENT = {"prompt": "How are you?", "completion": "Fine."}
 
 Row = dict[str, Any]
 Said = tuple[Any, ...]
+Learned = Callable[[Path], State]
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +67,7 @@ def parquet(path: Path, said: list[Row], **types: pyarrow.DataType) -> Path:
 
 
 @pytest.fixture
-def learned(built_in: tuple[Chat, str]) -> Iterator[Callable[[Path], State]]:
+def learned(built_in: tuple[Chat, str]) -> Iterator[Learned]:
     """The learner's state of a data folder, with all of its log absorbed."""
     opened: list[State] = []
 
@@ -71,8 +75,9 @@ def learned(built_in: tuple[Chat, str]) -> Iterator[Callable[[Path], State]]:
         state = State(data / "learner" / "state.db", policy="default", base=built_in[1])
         opened.append(state)
         with closing(open_log(FeedbackConfig(data=data), writes=())) as log:
-            for topic in (EXCHANGES, FEEDBACK):
-                state.absorb(log.read(topic, state.offsets().get(topic, 0), 100_000), NOW)
+            intake = Intake(log, state, LearnerMetrics(), join_wait_s=0, clock=lambda: NOW)
+            while intake.absorb():
+                pass
         return state
 
     yield absorb
@@ -80,10 +85,20 @@ def learned(built_in: tuple[Chat, str]) -> Iterator[Callable[[Path], State]]:
         state.close()
 
 
-def kept(data: Path) -> list[Exchange]:
-    with closing(open_log(FeedbackConfig(data=data), writes=())) as log:
-        events = [parse_event(record.event) for record in log.read(EXCHANGES, 0, 100_000)]
-    return [event for event in events if isinstance(event, Exchange)]
+def kept(state: State) -> list[Exchange]:
+    """The exchanges, in log order."""
+    rows = state.db.execute("SELECT event FROM exchanges ORDER BY rowid")
+    return [Exchange.model_validate_json(event) for (event,) in rows]
+
+
+def written(data: Path) -> int:
+    """How many judgements the log of a data folder holds."""
+    path = data / "log" / "heed.feedback.db"
+    if not path.exists():
+        return 0
+    with closing(open_reading(path)) as db:
+        count: int = db.execute("SELECT count(*) FROM records").fetchone()[0]
+        return count
 
 
 def judged(state: State) -> list[Said]:
@@ -98,9 +113,7 @@ def judged(state: State) -> list[Said]:
 # import
 
 
-def test_past_chats_reach_the_learner(
-    heed: Heed, tmp_path: Path, learned: Callable[[Path], State], built_in: tuple[Chat, str]
-):
+def test_past_chats_reach_the_learner(heed: Heed, tmp_path: Path, learned: Learned, built_in: tuple[Chat, str]):
     done = heed("feedback", "import", jsonl(tmp_path / "past.jsonl", UP, FOUR, BETTER, SILENT))
     assert (done.code, done.err) == (0, "")
     assert "4 lines: 5 exchanges, 1 thumbs, 1 ratings, 1 preferences, 1 without a judgement" in done.out
@@ -122,14 +135,14 @@ def test_past_chats_reach_the_learner(
         ("preference", "cy", 1.0, "Hello!", "What?"),
     ]
     assert {chat.decode(prompt) for prompt in state.prompts(9)} == {"What is 2 plus 3?", "Hi", "How are you?"}
-    first = kept(tmp_path / "heed-data")[0]
+    first = kept(learned(tmp_path / "heed-data"))[0]
     assert first.content.prompt_ids == tuple(chat.encode(first.content.messages))
     assert first.content.reply_ids[-1] in chat.eos_ids
     assert (first.base, first.version, first.at, first.live) == (base, 0, NOW, False)
     assert (first.content.logprobs, first.content.raw_logprobs, first.sampling.full_support) == ((), (), False)
 
 
-def test_ids_prove_themselves(heed: Heed, tmp_path: Path, learned: Callable[[Path], State]):
+def test_ids_prove_themselves(heed: Heed, tmp_path: Path, learned: Learned):
     assert heed("feedback", "import", jsonl(tmp_path / "past.jsonl", UP)).code == 0
     data = tmp_path / "heed-data"
     ids = Ids(load_secret(FeedbackConfig(data=data)))
@@ -138,7 +151,7 @@ def test_ids_prove_themselves(heed: Heed, tmp_path: Path, learned: Callable[[Pat
     ids.verify_feedback(judgement.feedback_id)
 
 
-def test_the_same_file_again_changes_nothing(heed: Heed, tmp_path: Path, learned: Callable[[Path], State]):
+def test_the_same_file_again_changes_nothing(heed: Heed, tmp_path: Path, learned: Learned):
     file = jsonl(tmp_path / "past.jsonl", UP, FOUR, BETTER, SILENT)
     assert heed("feedback", "import", file).code == 0
     before = learned(tmp_path / "heed-data").judgements()
@@ -148,26 +161,23 @@ def test_the_same_file_again_changes_nothing(heed: Heed, tmp_path: Path, learned
     assert state.db.execute("SELECT count(*) FROM exchanges").fetchone() == (5,)
 
 
-def test_an_import_that_was_killed_goes_on(heed: Heed, tmp_path: Path, learned: Callable[[Path], State]):
+def test_an_import_that_was_killed_goes_on(heed: Heed, tmp_path: Path, learned: Learned):
     file = jsonl(tmp_path / "past.jsonl", *({**UP, "user": f"u{i}"} for i in range(3000)))
     command = [sys.executable, "-m", "deploy.cli", "feedback", "import", file, "--data", tmp_path / "heed-data"]
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    with closing(open_log(FeedbackConfig(data=tmp_path / "heed-data"), writes=())) as log:
-        give_up = time.monotonic() + 60
-        while not log.end(FEEDBACK):
-            assert killed.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < give_up
-            time.sleep(0.01)
-        killed.send_signal(signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
-        assert 0 < log.end(FEEDBACK) < 3000
+    give_up = time.monotonic() + 60
+    while not written(tmp_path / "heed-data"):
+        assert killed.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert 0 < written(tmp_path / "heed-data") < 3000
     assert heed("feedback", "import", file).code == 0
     assert len(learned(tmp_path / "heed-data").judgements()) == 3000
 
 
-def test_two_equal_lines_are_two_judgements_unless_their_id_is_one(
-    heed: Heed, tmp_path: Path, learned: Callable[[Path], State]
-):
+def test_two_equal_lines_are_two_judgements_unless_their_id_is_one(heed: Heed, tmp_path: Path, learned: Learned):
     named = {**FOUR, "id": 17}
     file = jsonl(tmp_path / "past.jsonl", UP, UP, named, named, {**FOUR, "id": "17b"})
     done = json.loads(heed("feedback", "import", file, "--json").out)
@@ -181,7 +191,7 @@ def test_an_id_under_which_something_else_was_said_is_bad(heed: Heed, tmp_path: 
     assert "line 2: id '7' is that of an earlier line which says something else" in done.err
 
 
-def test_whole_conversations_share_their_prompt(heed: Heed, tmp_path: Path, learned: Callable[[Path], State]):
+def test_whole_conversations_share_their_prompt(heed: Heed, tmp_path: Path, learned: Learned):
     asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     good, bad = ([*asked, {"role": "assistant", "content": text}] for text in ("Hello!", "What?"))
     file = jsonl(
@@ -192,7 +202,7 @@ def test_whole_conversations_share_their_prompt(heed: Heed, tmp_path: Path, lear
     )
     assert heed("feedback", "import", file).code == 0
     data = tmp_path / "heed-data"
-    assert {tuple((m.role, m.content) for m in one.content.messages) for one in kept(data)} == {
+    assert {tuple((m.role, m.content) for m in one.content.messages) for one in kept(learned(data))} == {
         (("system", "Be kind."), ("user", "Hi"))
     }
     assert len(learned(data).judgements()) == 3
@@ -243,20 +253,18 @@ def test_a_bad_line_says_what_is_wrong_and_what_is_allowed(row: Row | str, told:
 @pytest.mark.parametrize(
     ("given", "value"), [(True, 1), (0, 0), (1.0, 1), ("up", 1), ("Down", 0), ("false", 0), ("1.0", 1)]
 )
-def test_a_label_may_be_written_in_many_ways(
-    given: object, value: int, heed: Heed, tmp_path: Path, learned: Callable[[Path], State]
-):
+def test_a_label_may_be_written_in_many_ways(given: object, value: int, heed: Heed, tmp_path: Path, learned: Learned):
     assert heed("feedback", "import", jsonl(tmp_path / "past.jsonl", {**UP, "label": given})).code == 0
     assert [one.value for one in learned(tmp_path / "heed-data").judgements()] == [value]
 
 
 @pytest.mark.parametrize("at", ["2023-11-14T22:13:20Z", "2023-11-14T23:13:20+01:00", "2023-11-14 22:13:20", str(NOW)])
-def test_a_time_may_be_written_in_many_ways(at: str, heed: Heed, tmp_path: Path):
+def test_a_time_may_be_written_in_many_ways(at: str, heed: Heed, tmp_path: Path, learned: Learned):
     assert heed("feedback", "import", jsonl(tmp_path / "past.jsonl", {**UP, "at": at})).code == 0
-    assert [one.at for one in kept(tmp_path / "heed-data")] == [NOW]
+    assert [one.at for one in kept(learned(tmp_path / "heed-data"))] == [NOW]
 
 
-def test_one_bad_line_and_nothing_is_imported(heed: Heed, tmp_path: Path):
+def test_one_bad_line_and_nothing_is_imported(heed: Heed, tmp_path: Path, learned: Learned):
     bad = [{**UP, "label": "?"}] * 23
     file = jsonl(tmp_path / "past.jsonl", UP, *bad, {**FOUR, "mood": "good"}, {**FOUR, "mood": "bad"})
     done = heed("feedback", "import", file)
@@ -272,7 +280,7 @@ def test_one_bad_line_and_nothing_is_imported(heed: Heed, tmp_path: Path):
     assert (done.code, told["imported"], told["judgements"]) == (0, True, {"thumb": 1, "rating": 2, "preference": 0})
     assert (told["skipped"], told["bad"], told["unknown_columns"]) == ({"label": 23}, 23, ["mood"])
     assert told["problems"][0]["line"] == 2
-    assert len(kept(tmp_path / "heed-data")) == 3
+    assert len(kept(learned(tmp_path / "heed-data"))) == 3
 
 
 def test_a_dry_run_leaves_nothing_behind(heed: Heed, tmp_path: Path):
@@ -297,7 +305,7 @@ def test_a_running_server_is_not_written_beside(heed: Heed, tmp_path: Path):
     assert heed("feedback", "import", file).code == 0
 
 
-def test_a_csv_as_spreadsheets_write_it(heed: Heed, tmp_path: Path, learned: Callable[[Path], State]):
+def test_a_csv_as_spreadsheets_write_it(heed: Heed, tmp_path: Path, learned: Learned):
     file = tmp_path / "past.csv"
     messages = '"[{""role"": ""user"", ""content"": ""Hi""}]"'
     file.write_bytes(
@@ -309,7 +317,7 @@ def test_a_csv_as_spreadsheets_write_it(heed: Heed, tmp_path: Path, learned: Cal
     )
     done = json.loads(heed("feedback", "import", file, "--json").out)
     assert (done["lines"], done["judgements"]) == (3, {"thumb": 1, "rating": 1, "preference": 0})
-    first, second, third = kept(tmp_path / "heed-data")
+    first, second, third = kept(learned(tmp_path / "heed-data"))
     assert first.content.messages[0].content == "What is\r\n2 plus 3?"
     assert (first.content.reply, first.content.user) == ('It is 5, I "think".', "12")
     assert (second.content.messages, second.at) == (third.content.messages, NOW)
@@ -347,7 +355,7 @@ def test_bytes_that_are_no_text_and_lines_without_end_are_bad_lines(
     assert done["judgements"]["thumb"] == 2
 
 
-def test_parquet_as_pandas_and_datasets_write_it(heed: Heed, tmp_path: Path, learned: Callable[[Path], State]):
+def test_parquet_as_pandas_and_datasets_write_it(heed: Heed, tmp_path: Path, learned: Learned):
     """Lists of structs, gaps that are NaN, times that are timestamps, fields that only other messages have."""
     messages = [{"role": "user", "content": "Hi", "name": None}]
     said = [
@@ -362,7 +370,7 @@ def test_parquet_as_pandas_and_datasets_write_it(heed: Heed, tmp_path: Path, lea
         ("thumb", 1.0, "3"),
         ("rating", 2.0, None),
     ]
-    assert kept(tmp_path / "heed-data")[0].at == NOW
+    assert kept(learned(tmp_path / "heed-data"))[0].at == NOW
 
 
 def test_parquet_without_pyarrow_says_how_to_get_it(heed: Heed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -399,11 +407,11 @@ def test_a_format_may_be_named(heed: Heed, tmp_path: Path):
     assert "--format xml: must be one of jsonl, csv, parquet" in done.err
 
 
-def test_another_policy_learns_from_the_same_file_for_itself(heed: Heed, tmp_path: Path):
+def test_another_policy_learns_from_the_same_file_for_itself(heed: Heed, tmp_path: Path, learned: Learned):
     file = jsonl(tmp_path / "past.jsonl", UP)
     assert heed("feedback", "import", file).code == 0
     assert heed("feedback", "import", file, HEED_POLICY="other").code == 0
-    assert len({one.id for one in kept(tmp_path / "heed-data")}) == 2
+    assert len({one.id for one in kept(learned(tmp_path / "heed-data"))}) == 2
 
 
 def test_lines_do_not_wait_for_the_disk_one_by_one(heed: Heed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -429,7 +437,7 @@ def exported(folder: Path, shape: str) -> list[Row]:
     return [json.loads(line) for line in (folder / f"{shape}.jsonl").read_text().splitlines()]
 
 
-def test_what_goes_out_has_the_columns_that_trl_asks_for(heed: Heed, tmp_path: Path, learned: Callable[[Path], State]):
+def test_what_goes_out_has_the_columns_that_trl_asks_for(heed: Heed, tmp_path: Path, learned: Learned):
     heed("feedback", "import", jsonl(tmp_path / "past.jsonl", UP, FOUR, BETTER, SILENT))
     learned(tmp_path / "heed-data")
     assert heed("feedback", "export", "--out", "out").code == 0
@@ -448,7 +456,7 @@ def test_what_goes_out_has_the_columns_that_trl_asks_for(heed: Heed, tmp_path: P
 
 @pytest.mark.parametrize("flags", [(), ("--text",), ("--format", "parquet"), ("--text", "--format", "parquet")])
 def test_what_went_out_comes_in_again_as_the_same_judgements(
-    flags: tuple[str, ...], heed: Heed, tmp_path: Path, learned: Callable[[Path], State]
+    flags: tuple[str, ...], heed: Heed, tmp_path: Path, learned: Learned
 ):
     down = {**UP, "label": 0, "user": None, "aspect": "safety"}
     heed("feedback", "import", jsonl(tmp_path / "past.jsonl", UP, UP, down, FOUR, BETTER, SILENT))
@@ -464,9 +472,7 @@ def test_what_went_out_comes_in_again_as_the_same_judgements(
     assert here.db.execute(aspects).fetchall() == there.db.execute(aspects).fetchall()
 
 
-def test_what_this_folder_knows_is_not_imported_into_it_again(
-    heed: Heed, tmp_path: Path, learned: Callable[[Path], State]
-):
+def test_what_this_folder_knows_is_not_imported_into_it_again(heed: Heed, tmp_path: Path, learned: Learned):
     heed("feedback", "import", jsonl(tmp_path / "past.jsonl", UP, SILENT))
     learned(tmp_path / "heed-data")
     heed("feedback", "export", "--out", "out")
