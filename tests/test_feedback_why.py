@@ -57,6 +57,14 @@ def test_a_story_goes_from_acceptance_to_the_version_that_is_served(state: State
         assert words in page
 
 
+def test_a_reply_that_was_imported_is_nobodys_of_ours(state: State, heed: Heed):
+    state.absorb(records(exchange("r", source="imported"), feedback("f", "r", at=NOW - 1e6)), NOW)
+    learn(state)
+    [told] = why(heed, "f")["feedback"]
+    assert (told["status"], told["replies"][0]["version"]) == ("in_version", None)
+    assert "somebody else: it was imported" in heed("feedback", "why", "f").out
+
+
 def test_a_reply_has_the_stories_of_all_that_was_said_of_it(state: State, heed: Heed):
     state.absorb(
         records(
