@@ -22,6 +22,7 @@ SIGNALS = ("clicked", "copied", "regenerated", "abandoned", "dwell")
 
 Kind = Literal["thumb", "rating", "preference", "ranking", "correction", "comment", "signal"]
 FinishReason = Literal["stop", "length", "abort"]
+Source = Literal["served", "imported"]
 
 
 class Event(BaseModel):
@@ -80,7 +81,8 @@ class ExchangeContent(BaseModel):
     reply_ids: tuple[int, ...]
     """Sampled ids, the end-of-sequence id included where it was sampled."""
     logprobs: tuple[float, ...]
-    """log p of each sampled id under the processed distribution it was drawn from: the behaviour policy."""
+    """log p of each sampled id under the processed distribution it was drawn from: the behaviour policy. None of what
+    was imported, which nobody here sampled."""
     raw_logprobs: tuple[float, ...]
     """log p of each sampled id at T=1 under the full softmax."""
     metadata: dict[str, str] = Field(default_factory=dict)
@@ -104,7 +106,14 @@ class Exchange(Event):
     sampling: SamplingUsed
     ask: bool = False
     """True when this reply was drawn for the unbiased slice of which feedback is asked."""
+    source: Source = "served"
+    """`imported`: said elsewhere, before Heed; `version` is then 0 and stands for nobody."""
     content: ExchangeContent
+
+    @property
+    def live(self) -> bool:
+        """True when a version of ours said it: only then does it say anything of that version, or may be experience."""
+        return self.source == "served"
 
 
 class FeedbackContent(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any
 
 from feedback.events import Release
 from learner.ledger import Ledger, Update
-from learner.state import LEARNED_FROM, State
+from learner.state import LEARNED_FROM, LIVE, State
 
 
 def policy_report(
@@ -67,12 +67,13 @@ def dropped(state: State) -> dict[str, int]:
 
 
 def liked(state: State) -> dict[str, dict[str, float]]:
-    """Of the thumbs and ratings that count, by the version that spoke: the share of thumbs up and of 4 or 5 stars."""
+    """Of the thumbs and ratings of live replies that count, by the version that spoke: the share of thumbs up and of 4 or 5
+    stars."""
     rows = state.db.execute(
         "SELECT e.version, avg(CASE f.kind WHEN 'thumb' THEN f.value = 1 ELSE f.value >= 4 END), count(*)"
         " FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
         " WHERE f.status = 'joined' AND f.kind IN ('thumb', 'rating') AND f.aspect = 'overall'"
-        " AND f.policy = :policy AND f.base = :base GROUP BY e.version ORDER BY e.version",
+        f" AND f.policy = :policy AND f.base = :base AND {LIVE} GROUP BY e.version ORDER BY e.version",
         state.line,
     )
     return {f"v{version}": {"share": round(share, 4), "count": count} for version, share, count in rows}

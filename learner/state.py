@@ -64,6 +64,13 @@ class StoryLine:
 LEARNED_FROM = "f.status = 'joined' AND f.untrained IS NULL AND f.policy = :policy AND f.base = :base"
 
 
+# of the exchange in table e: a version of ours said it (Exchange.live)
+LIVE = (
+    "NOT EXISTS (SELECT 1 FROM exchanges AS i INDEXED BY imported"
+    " WHERE i.reply_id = e.reply_id AND json_extract(i.event, '$.source') = 'imported')"
+)
+
+
 class State:
     """The joined material of one policy over one base. Not for several threads at once."""
 
@@ -204,10 +211,12 @@ class State:
         """Seconds from acceptance to being served of each judgement that got there since the last call.
 
         `activations` is when each version was first served. A version that its successor overtook was served with that.
+        What was imported is none of them: it was said long before it was accepted.
         """
         waiting = self.db.execute(
             "SELECT f.id, f.at, s.version FROM stories s JOIN feedback f ON f.id = s.feedback_id"
-            " WHERE s.status = 'in_version' AND f.fresh_s IS NULL"
+            " JOIN exchanges e ON e.reply_id = f.reply_id"
+            f" WHERE s.status = 'in_version' AND f.fresh_s IS NULL AND {LIVE}"
         ).fetchall()
         seconds: dict[str, float] = {}
         for feedback_id, accepted, version in waiting:

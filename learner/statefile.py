@@ -122,6 +122,9 @@ DELETE FROM stories
     WHERE status = 'dropped' AND feedback_id IN (SELECT id FROM feedback WHERE reason = 'no_exchange');
 UPDATE feedback SET status = 'pending', reason = NULL WHERE reason = 'no_exchange';
 UPDATE feedback SET policy = NULL, base = NULL, untrained = NULL WHERE status != 'joined';
+
+-- the exchanges that no version of ours spoke in
+CREATE INDEX imported ON exchanges (reply_id) WHERE json_extract(event, '$.source') = 'imported';
 """
 
 SCRIPTS = (_TABLES, _PARTITIONS)

@@ -72,19 +72,40 @@ class Chat:
         Control tokens written by a user (a typed `<|im_end|>`) are encoded as text, so that nobody can end their own
         turn and speak as another. Raises ChatError when the template refuses the messages.
         """
-        plain = [{"role": _role(message.role), "content": message.content} for message in messages]
+        return self._laid_out(_plain(messages), answering=True)
+
+    def encode_answered(self, messages: Sequence[Message], reply: str) -> tuple[list[int], list[int]]:
+        """Prompt ids, and the ids of a reply that came from elsewhere, as an engine would have sampled them: to its end.
+
+        The reply is what the template writes after the prompt, up to the first id that ends replies. Where there is no
+        such thing it is the text's own ids and the tokenizer's end. Raises ChatError as `encode` does.
+        """
+        plain = _plain(messages)
+        prompt = self._laid_out(plain, answering=True)
+        whole = self._laid_out([*plain, {"role": "assistant", "content": reply}], answering=False)
+        rest = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
+        end = next((place for place, one in enumerate(rest, 1) if one in self.eos_ids), None)
+        return prompt, self._ended(reply) if end is None else rest[:end]
+
+    def _laid_out(self, plain: list[dict[str, str]], *, answering: bool) -> list[int]:
         try:
             with self._encoding:
                 ids = self.tokenizer.apply_chat_template(
                     plain,
                     chat_template=self.template,
-                    add_generation_prompt=True,
+                    add_generation_prompt=answering,
                     sanitize_control_tokens=True,
                     return_dict=False,
                 )
         except (TemplateError, ValueError, TypeError) as error:
             raise ChatError(f"the model's chat template refuses these messages: {error}") from error
         return cast(list[int], ids)
+
+    def _ended(self, reply: str) -> list[int]:
+        with self._encoding:
+            ids = self.tokenizer(reply, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return [*cast(list[int], ids), *([] if end is None else [end])]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of reply ids, special tokens left out."""
@@ -136,6 +157,10 @@ class Detokenizer:
     def _start_anew(self) -> None:
         self._context, self._new, self._given = self._new, [], 0
         self._before = self._chat.decode(self._context)
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": _role(message.role), "content": message.content} for message in messages]
 
 
 def _role(role: str) -> str:

@@ -103,6 +103,15 @@ class Ids:
                 "Send the id from the receipt of POST /v1/feedback, as it was given."
             )
 
+    def imported_reply(self, *parts: str) -> str:
+        """The id of a reply that came from elsewhere: the same for the same parts, and known as one that is kept."""
+        derived = self._mac("imported reply", _framed(*parts))[:12]
+        return "chatcmpl-" + self._sealed("reply", derived + bytes([_KEPT]) + self._tag(""))
+
+    def imported_feedback(self, *parts: str) -> str:
+        """The id of feedback that came from elsewhere: the same for the same parts."""
+        return "fb-" + self._sealed("feedback", self._mac("imported feedback", _framed(*parts))[:17])
+
     def pseudonym(self, caller: str) -> str:
         """What the log may say of a caller outside an event's `content`: the same for the same caller, and no name."""
         return self._mac("caller", caller.encode())[:8].hex()

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from serving.chat import Chat
@@ -57,6 +57,17 @@ def load_model(
     except Exception as error:  # whatever is in the files: transformers and its validators raise errors of many kinds
         raise ModelError(f"model {str(folder)!r} cannot be loaded: {_one_line(error)}. {_ALLOWED}") from error
     return base, chat
+
+
+def load_chat(model: str | Path | None = None) -> tuple[Path, Chat, PreTrainedConfig]:
+    """A model's directory, chat and configuration: all but its weights. Raises ModelError."""
+    folder = find_model(model)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            return folder, Chat.load(folder), config
+    except Exception as error:  # as in load_model
+        raise ModelError(f"model {str(folder)!r} cannot be loaded: {_one_line(error)}. {_ALLOWED}") from error
 
 
 _ALLOWED = "Allowed: a directory with config.json, *.safetensors and tokenizer files, or a hub id (owner/name)."

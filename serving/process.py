@@ -200,7 +200,7 @@ def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
             model,
             chat,
             rows=config.max_rows,
-            max_len=_max_len(config, model.config),
+            max_len=longest(config, model.config),
             max_waiting=config.max_waiting,
             packed=config.packed,
             prefix_tokens=config.prefix_tokens,
@@ -225,8 +225,11 @@ def load_speaker(config: ServingConfig, wiring: Wiring) -> Speaker:
     return Speaker(engine, chat, base, swapper, folder)
 
 
-def _max_len(config: ServingConfig, model: object) -> int:
-    """Tokens of prompt and reply together. Raises CannotStart when more are set than the model can."""
+def longest(config: ServingConfig, model: object) -> int:
+    """Tokens of prompt and reply together, by the settings and the model's own configuration.
+
+    Raises CannotStart when more are set than the model can.
+    """
     most = getattr(model, "max_position_embeddings", None) or LONGEST_UNASKED
     if config.max_model_len > most:
         raise CannotStart(

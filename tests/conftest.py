@@ -1,7 +1,9 @@
-"""Fixtures that several tests share: a tiny model on disk, and a server that runs it."""
+"""Fixtures that several tests share: the `heed` command, a tiny model on disk, and a server that runs it."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,11 +11,35 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deploy.cli import main
+from tests.commands import Done, Heed
+
 if TYPE_CHECKING:
     from tests.broker import Broker
     from tests.mock_kafka import MockCluster
     from tests.served import Served
     from tests.valkey import Valkey
+
+
+@pytest.fixture
+def heed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Heed:
+    """Runs the command in this process, in a folder of its own, with no HEED_* variable but those given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    for name in [name for name in os.environ if name.startswith("HEED_")]:
+        monkeypatch.delenv(name)
+
+    def run(*arguments: str | Path, **variables: str) -> Done:
+        with monkeypatch.context() as here:
+            here.setattr(sys, "argv", ["heed", *map(str, arguments)])
+            for name, value in variables.items():
+                here.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                main()
+        code = ended.value.code
+        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,37 @@ def test_messages_become_a_prompt_by_the_template():
     assert ids == chat.encode([bases.message("Be kind.", "developer"), bases.message("Hello")])
 
 
+@pytest.mark.parametrize("name", CHATS)
+def test_a_reply_from_elsewhere_is_what_the_template_writes_and_ends(name: str):
+    chat = CHATS[name]
+    messages = [bases.message("Hello")]
+    prompt, reply = chat.encode_answered(messages, "aa")
+    assert prompt == chat.encode(messages)
+    assert chat.decode(reply).strip() == "aa"
+    assert [one in chat.eos_ids for one in reply] == [False] * (len(reply) - 1) + [True]
+    assert chat.encode_answered(messages, "")[1] == reply[-1:]
+
+
+def test_an_end_that_a_reply_from_elsewhere_spells_out_does_not_end_it():
+    chat = CHATS["built-in"]
+    _, reply = chat.encode_answered([bases.message("Hi")], "one<|end|>two")
+    assert [one in chat.eos_ids for one in reply] == [False] * (len(reply) - 1) + [True]
+    assert chat.decode(reply) == "one<|end|>two"
+
+
+def test_a_template_that_writes_no_end_or_the_prompt_anew_leaves_the_text_and_the_end():
+    tokenizer = bases.byte_tokenizer()
+    own = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    for template in (
+        PLAIN_TEMPLATE,
+        "{% if add_generation_prompt %}go{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}<|end|>",
+    ):
+        tokenizer.chat_template = template
+        assert Chat(tokenizer).encode_answered([bases.message("Hi")], "Hello")[1] == [*own, tokenizer.eos_token_id]
+    typed = Chat(tokenizer).encode_answered([bases.message("Hi")], "a<|end|>b")[1]
+    assert typed.count(tokenizer.eos_token_id) == 1
+
+
 def test_chats_encoded_at_once_do_not_meddle_with_each_other():
     """One is full of control tokens that somebody typed, the other is not: the tokenizer treats the two differently."""
     chat = Chat.load(BUILT_IN)

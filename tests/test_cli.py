@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from deploy.cli import main
 from deploy.door import EXPECTED, exit_code_of, settings
 from deploy.versions import base_of, number, store_of
 from feedback.config import SettingError
@@ -27,43 +25,12 @@ from learner.config import LearnerConfig
 from serving.adapters import AdapterStore, BadAdapter, Base
 from serving.exits import Exit
 from serving.lora import AdapterWeights
+from tests.commands import Done, Heed
 from tests.valkey import Valkey
 
-COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "pretrain", "check")
+COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "feedback", "pretrain", "check")
 ADAPTERS = ("list", "show", "promote", "rollback", "verify", "import")
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-Heed = Callable[..., Done]
-
-
-@pytest.fixture
-def heed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Heed:
-    """Runs the command in this process, in a folder of its own, with no HEED_* variable but those given."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    for name in [name for name in os.environ if name.startswith("HEED_")]:
-        monkeypatch.delenv(name)
-
-    def run(*arguments: str | Path, **variables: str) -> Done:
-        with monkeypatch.context() as here:
-            here.setattr(sys, "argv", ["heed", *map(str, arguments)])
-            for name, value in variables.items():
-                here.setenv(name, value)
-            with pytest.raises(SystemExit) as ended:
-                main()
-        code = ended.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return run
+FEEDBACK = ("import", "export", "why")
 
 
 def process(*arguments: str | Path, cwd: Path, **variables: str) -> Done:
@@ -131,7 +98,14 @@ def test_help_names_every_command_and_comes_at_once(tmp_path: Path):
     assert all(f"│ {command} " in done.out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), *(("adapters", name) for name in ADAPTERS)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *((name,) for name in COMMANDS),
+        *(("adapters", name) for name in ADAPTERS),
+        *(("feedback", name) for name in FEEDBACK),
+    ],
+)
 def test_every_command_explains_itself(command: tuple[str, ...], heed: Heed):
     done = heed(*command, "--help")
     assert done.code == 0

@@ -69,6 +69,15 @@ def test_what_is_written_is_read_back_the_same(event: Exchange | Feedback | Retr
     assert json.loads(event.to_json())["schema"] == SCHEMA
 
 
+def test_an_exchange_of_an_older_heed_was_served():
+    old = json.loads(EXCHANGE.to_json())
+    del old["source"]
+    event = parse_event(json.dumps(old))
+    assert isinstance(event, Exchange)
+    assert event.live
+    assert not event.model_copy(update={"source": "imported"}).live
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     reply=st.text(),

@@ -24,6 +24,16 @@ def test_a_reply_id_says_what_it_was_made_with():
     assert IDS.verify_reply(f"{made}:2", "key") == ReplyId(made, 2, True, 3)
 
 
+def test_what_was_imported_has_ids_of_its_own_that_prove_themselves():
+    made = IDS.imported_reply("default", "a")
+    assert made == IDS.imported_reply("default", "a")
+    assert IDS.verify_reply(made, "") == ReplyId(made, 0, True, 1)
+    IDS.verify_feedback(IDS.imported_feedback("default", "a"))
+    others = {OTHER.imported_reply("default", "a"), IDS.imported_reply("defaul", "ta"), IDS.imported_reply("default")}
+    assert len({made, *others}) == 4
+    assert IDS.imported_feedback("a", "b") != IDS.new_feedback("a", "b")
+
+
 def test_ids_are_as_clients_expect_them_and_never_the_same():
     made = {IDS.new_reply("", kept=True) for _ in range(1000)}
     assert len(made) == 1000

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from serving import model as model_module
+from serving.base import describe_base
 from serving.chat import Chat
 from serving.lora import target_modules
-from serving.model import BUILT_IN, ModelError, fingerprint, load_model, twin
+from serving.model import BUILT_IN, ModelError, fingerprint, load_chat, load_model, twin
 from tests import bases
 
 
@@ -30,6 +31,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_a_chat_alone_has_the_fingerprint_of_its_whole_model(folder: Path, tmp_path: Path):
+    model, chat = load_model(folder)
+    found, alone, config = load_chat(folder)
+    assert fingerprint(found, alone) == describe_base(model, chat, folder).fingerprint
+    assert config.max_position_embeddings == model.config.max_position_embeddings
+    with pytest.raises(ModelError, match="nowhere"):
+        load_chat(tmp_path / "nowhere")
 
 
 def test_a_directory_loads_frozen_and_ready(folder: Path, capfd: pytest.CaptureFixture[str]):

@@ -16,6 +16,7 @@ from feedback.events import (
     Message,
     Retraction,
     SamplingUsed,
+    Source,
 )
 from feedback.log import Record
 
@@ -34,9 +35,11 @@ def exchange(
     prompt_ids: tuple[int, ...] = (1, 2, 3),
     reply_ids: tuple[int, ...] = (4, 5),
     at: float = NOW,
+    source: Source = "served",
 ) -> Exchange:
     return Exchange(
         at=at,
+        source=source,
         id=reply_id,
         policy=policy,
         version=version,

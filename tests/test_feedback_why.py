@@ -1,0 +1,135 @@
+"""The story of a feedback, as an operator asks for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.ledger import Learned, Ledger
+from learner.state import State
+from tests.commands import Heed
+from tests.told import NOW, exchange, feedback, records, retraction
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[State]:
+    state = State(tmp_path / "heed-data" / "learner" / "state.db", policy="default", base="base-fingerprint")
+    yield state
+    state.close()
+
+
+def why(heed: Heed, one: str, **variables: str) -> dict[str, Any]:
+    done = heed("feedback", "why", one, "--json", **variables)
+    assert (done.code, done.err) == (0, "")
+    told = json.loads(done.out)
+    assert isinstance(told, dict)
+    return told
+
+
+def learn(state: State) -> None:
+    """An update over all that is fresh, released as v1 and served."""
+    ledger = Ledger(state)
+    update = ledger.begin(current=0, above=0, now=NOW + 20)
+    learned = Learned({}, {}, {"in_reward_model": NOW + 25, "in_update": NOW + 30})
+    ledger.released(ledger.published(update, 1, learned), NOW + 39)
+    state.note_served({1: NOW + 40})
+
+
+def test_a_story_goes_from_acceptance_to_the_version_that_is_served(state: State, heed: Heed):
+    state.absorb(records(exchange("r"), feedback("f", "r", value=0, at=NOW + 5)), NOW + 10)
+    learn(state)
+    [told] = why(heed, "f")["feedback"]
+    assert (told["status"], told["counts"], told["why_not"]) == ("served", True, None)
+    assert [(step["status"], step["at"] - NOW) for step in told["history"]] == [
+        ("accepted", 5), ("joined", 10), ("in_reward_model", 25), ("in_update", 30), ("in_version", 39), ("served", 40)
+    ]  # fmt: skip
+    assert told["history"][4]["version"] == "v1"
+    assert told["update"] == {"number": 1, "status": "released", "version": "v1", "why": None}
+    [reply] = told["replies"]
+    assert (reply["version"], reply["completion"]) == ("v0", "there")
+
+    page = heed("feedback", "why", "f").out
+    for words in ("f: served", "thumb: down, by ann", "in_version update 1 v1", "counts", "yes", "hello", "there"):
+        assert words in page
+
+
+def test_a_reply_that_was_imported_is_nobodys_of_ours(state: State, heed: Heed):
+    state.absorb(records(exchange("r", source="imported"), feedback("f", "r", at=NOW - 1e6)), NOW)
+    learn(state)
+    [told] = why(heed, "f")["feedback"]
+    assert (told["status"], told["replies"][0]["version"]) == ("in_version", None)
+    assert "somebody else: it was imported" in heed("feedback", "why", "f").out
+
+
+def test_a_reply_has_the_stories_of_all_that_was_said_of_it(state: State, heed: Heed):
+    state.absorb(
+        records(
+            *(exchange(f"r{i}") for i in range(3)),
+            feedback("thumb", "r2"),
+            feedback("pair", "r1", "r2", kind="preference"),
+            feedback("order", "r0", "r1", "r2", kind="ranking"),
+            feedback("other", "r1"),
+        ),
+        NOW,
+    )
+    told = why(heed, "r2")
+    assert told["reply"]["id"] == "r2"
+    assert [one["id"] for one in told["feedback"]] == ["thumb", "pair", "order"]
+    assert "reply r2" in heed("feedback", "why", "r2").out
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([feedback("f", "r"), feedback("g", "r", value=0)], "said something else of this reply later (g)"),
+        ([feedback("f", "r"), retraction("f")], "it was taken back"),
+        ([feedback("f", "nowhere")], "it waits for nowhere, which the learner has not read yet"),
+        ([feedback("f", "r", value=7)], "it does not say what its kind must say"),
+        ([feedback("f", "r", kind="comment")], "only thumbs, ratings and preferences are learned from"),
+        ([feedback("f", "r", aspect="safety")], "only what is said of a reply overall is learned from"),
+        ([exchange("e", reply_ids=()), feedback("f", "e")], "the reply has no tokens"),
+        ([exchange("o", base="older"), feedback("f", "o"), exchange("new")], "another base model"),
+        ([exchange("o", base="older"), feedback("f", "o", "r", kind="preference")], "different models"),
+        ([exchange("p", policy="other"), feedback("f", "p")], "the policy other, and this is default"),
+    ],
+)
+def test_what_does_not_count_says_why(events: list[Any], words: str, state: State, heed: Heed):
+    state.absorb(records(exchange("r"), *events), NOW)
+    [told] = why(heed, "f")["feedback"]
+    assert not told["counts"]
+    assert words in told["why_not"]
+    page = heed("feedback", "why", "f").out
+    assert "no: " in page
+
+
+def test_feedback_that_waits_too_long_says_for_what(state: State, heed: Heed):
+    state.absorb(records(feedback("f", "nowhere")), NOW)
+    state.give_up_waiting(NOW + 1, NOW + 1)
+    [told] = why(heed, "f")["feedback"]
+    assert (told["status"], told["replies"]) == ("dropped", [{"id": "nowhere", "known": False}])
+    assert "did not come before HEED_JOIN_WAIT_S was over" in told["why_not"]
+
+
+def test_an_id_that_nobody_knows_says_what_that_may_mean(state: State, heed: Heed):
+    done = heed("feedback", "why", "fb-unknown")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "fb-unknown. It may not have read it yet (is it running?), it may belong to another data folder" in done.err
+    assert state.judgement_count(fresh=False) == 0
+
+
+def test_without_a_state_it_says_how_one_is_made(heed: Heed):
+    done = heed("feedback", "why", "fb-unknown")
+    assert done.code == 1
+    assert "once: heed learn --until-idle" in done.err
+
+
+def test_a_state_of_a_newer_heed_or_a_damaged_one_is_refused(state: State, heed: Heed, tmp_path: Path):
+    state.db.execute("PRAGMA user_version = 99")
+    assert "has schema 99; this Heed reads 1 to" in heed("feedback", "why", "f").err
+    state.close()
+    (tmp_path / "heed-data" / "learner" / "state.db").write_bytes(b"no database" * 1000)
+    assert "heed learn --rebuild makes it anew" in heed("feedback", "why", "f").err
