@@ -11,7 +11,7 @@ from typing import Any
 from feedback.config import FeedbackConfig, KafkaConfig
 from feedback.kafka_reader import KafkaReader
 from feedback.kafka_writer import KafkaWriter
-from feedback.log import Offset, Offsets, Record
+from feedback.log import Line, Offset, Offsets, Record
 
 PROTOCOL = (2, 4)
 """The oldest Kafka that Heed speaks to, and the protocol it speaks to newer ones (4.x still does): without one named,
@@ -39,9 +39,14 @@ class KafkaLog:
         self._lock = threading.Lock()
 
     def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
-        if self._writer is None or topic not in self._writer.topics:
+        if self._writer is None:
             raise ValueError(f"this log was not opened to write {topic!r}: name it in `writes`")
         return self._writer.submit(topic, key, event)
+
+    def line(self) -> Line:
+        if self._writer is None:
+            raise ValueError("this log was not opened to write anything: name the topics in `writes`")
+        return self._writer.line()
 
     def append(self, topic: str, key: str, event: str) -> Offset:
         return self.submit(topic, key, event).result()

@@ -1,8 +1,8 @@
 """Writing to Kafka: one thread with a producer of its own, which it gives up and makes anew when it does not get on.
 
 An idempotent producer may stay broken after one error that it does not retry, or wait for ever for a leader that the
-metadata do not name. So its word is not relied on: when one event failed, or none was acknowledged by its deadline, all
-that are on their way fail together, in their order, and the next event finds a new producer.
+metadata do not name. So its word is not relied on: when one event failed, or none was acknowledged by its deadline, it
+is stopped, all that are on their way fail together, in their order, and the next event finds a new producer.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from kafka import KafkaAdminClient, KafkaProducer
-from kafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
+from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from feedback.config import FeedbackConfig
 from feedback.kafka_topics import MAX_EVENT_BYTES, prepare_topics
-from feedback.log import EventTooLarge, LogUnavailable, Offset
+from feedback.log import EventTooLarge, Line, LogUnavailable, Offset
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,10 @@ _TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 class _Entry(Future[Offset]):
     """One event on its way. Whoever takes it out of `flying` answers it: the producer's thread, or give_up."""
 
-    def __init__(self, topic: str, key: bytes, event: bytes) -> None:
+    def __init__(self, topic: str, key: bytes, event: bytes, epoch: int | None) -> None:
         super().__init__()
+        self.epoch = epoch
+        """That of the line on which it was handed in, if any."""
         self.topic = topic
         self.key = key
         self.event = event
@@ -59,7 +61,7 @@ class _Entry(Future[Offset]):
         assert self.flight is not None
         if isinstance(error, _TOO_LARGE) and self.flight.flying.pop(self, False) is None:
             self.set_exception(EventTooLarge(f"Kafka's topic {self.topic} does not take it: {error}"))
-        self.flight.failure = self.flight.failure or error
+        self.flight.fail(error)
 
 
 class KafkaWriter:
@@ -77,13 +79,21 @@ class KafkaWriter:
         self._closing = threading.Lock()
         self._closed = False
         self._flight: _Flight | None = None
+        self._epoch = 0
+        """Grows with each failure, before anyone is told of it."""
         self._said = False
         self._thread = threading.Thread(target=self._run, name="heed-kafka-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
-        """See feedback.log.Log; within about twice the deadline the future has an answer."""
-        entry = _Entry(topic, key.encode(), event.encode())
+    def line(self) -> Line:
+        """See feedback.log.Log.line: lines opened before a failure have an epoch that is over."""
+        return _Line(self, self._epoch)
+
+    def submit(self, topic: str, key: str, event: str, epoch: int | None = None) -> Future[Offset]:
+        """See feedback.log.Line; within about twice the deadline the future has an answer."""
+        if topic not in self.topics:
+            raise ValueError(f"this log was not opened to write {topic!r}: name it in `writes`")
+        entry = _Entry(topic, key.encode(), event.encode(), epoch)
         size, most = len(entry.event) + len(entry.key) + OVERHEAD, (self._limits or {}).get(topic, MAX_EVENT_BYTES)
         if size > most:
             raise EventTooLarge(f"an event of {size} bytes is larger than Kafka's topic {topic} takes ({most})")
@@ -137,12 +147,16 @@ class KafkaWriter:
             flight = self._flight or self._take_off()
         except Exception as error:  # whatever it is, those who wait must hear of it
             why = self._why(error)
+            self._epoch += 1
             for entry in batch:
                 entry.set_exception(_unavailable(why, error))
             self._say(why)
             return
         for entry in batch:
-            flight.send(entry)
+            if entry.epoch is None or entry.epoch == self._epoch:
+                flight.send(entry)
+            else:
+                entry.set_exception(LogUnavailable("an event before it on the same line was not kept"))
 
     def _take_off(self) -> _Flight:
         """A new producer, once the topics are as they should be. Raises what Kafka's clients raise."""
@@ -177,17 +191,17 @@ class KafkaWriter:
             return
         oldest = flight.oldest()
         if oldest is not None and flight.failure is None and self._late(oldest, flight):
-            flight.failure = TimeoutError(f"no acknowledgement within {self._deadline_s:g} s")
+            flight.fail(TimeoutError(f"no acknowledgement within {self._deadline_s:g} s"))
         if flight.failure is None:
             if self._said and flight.heard:
                 self._said = False
                 logger.info("Kafka takes events again")
             return
         self._flight = None
+        self._epoch += 1
         self._limits = None  # the operator may have changed the topics: look again
         flight.give_up()
         self._say(self._why(flight.failure))
-        flight.retire(0)
 
     def _late(self, oldest: _Entry, flight: _Flight) -> bool:
         """Whether nothing gets on; or something does, while the oldest waits and waits, say for a leader."""
@@ -205,6 +219,14 @@ class KafkaWriter:
         if not self._said:
             logger.warning("Kafka takes no events (%s): trying again with each that comes", why)
         self._said = True
+
+
+class _Line(NamedTuple):
+    writer: KafkaWriter
+    epoch: int
+
+    def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
+        return self.writer.submit(topic, key, event, self.epoch)
 
 
 class _Flight:
@@ -237,19 +259,25 @@ class _Flight:
         return flying[0] if flying else None
 
     def give_up(self) -> None:
-        """Tell everyone who waits that nobody knows."""
+        """Tell everyone who waits that nobody knows, and let go of the producer."""
         assert self.failure is not None
+        self.retire(0)
+        self._producer._closed = True  # it has been stopped; close() gives up while it waits for what is lost
         for entry in list(self.flying):
             if self.flying.pop(entry, False) is None:
                 entry.set_exception(_unavailable(str(self.failure), self.failure))
 
+    def fail(self, error: BaseException) -> None:
+        """Nothing more is to leave: what comes behind a lost event must not overtake it. Any thread may call this."""
+        if self.failure is None:
+            self.failure = error
+            # what close(0) comes to, once it need not wait for what is lost; else it would look for a leader without a pause
+            self._producer._sender.force_close()
+
     def retire(self, at_most_s: float) -> None:
-        """End the producer's threads, after so long whatever it still holds: it may look for a leader without a pause."""
-        with contextlib.suppress(Exception):  # whatever it has to say, nobody waits for it any more
+        """Close the producer; whether it has kept everything by then, nobody asks any more."""
+        with contextlib.suppress(KafkaError):
             self._producer.close(at_most_s)
-            return
-        self._producer._sender.force_close()  # close() gives up before it comes to this
-        self._producer._closed = True
 
 
 def _unavailable(why: str, error: BaseException) -> LogUnavailable:

@@ -41,8 +41,8 @@ class Record:
     event: str
 
 
-class Log(Protocol):
-    """Append and read. Safe to use from many threads at once."""
+class Line(Protocol):
+    """A way to hand events to a log."""
 
     def submit(self, topic: str, key: str, event: str) -> Future[Offset]:
         """Hand in an event (JSON); the future gives its offset once it is durable, or raises LogUnavailable.
@@ -50,6 +50,17 @@ class Log(Protocol):
         Events of a key handed in by one thread are kept in that order. The future cannot be cancelled: what was
         handed in is kept even when nobody waits for it any more. Raises ValueError where this log does not write
         `topic`, LogUnavailable where it is closed.
+        """
+        ...
+
+
+class Log(Line, Protocol):
+    """Append and read. Safe to use from many threads at once."""
+
+    def line(self) -> Line:
+        """A line on which no event of a key overtakes one that failed: once one has, all that are handed in on it fail.
+
+        An event that failed may have been kept all the same, so whoever hands it in again needs the order of the rest.
         """
         ...
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from feedback.log import EventTooLarge, Log, LogUnavailable, Offset, Offsets, Record
+from feedback.log import EventTooLarge, Line, Log, LogUnavailable, Offset, Offsets, Record
 from feedback.sqlite_log import SqliteLog
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,9 @@ class Outbox:
             raise ValueError(f"this log was not opened to write {topic!r}: name it in `writes`")
         return self._lanes[topic].submit(key, event)
 
+    def line(self) -> Line:
+        return self  # it keeps the order whatever happens
+
     def append(self, topic: str, key: str, event: str) -> Offset:
         return self.submit(topic, key, event).result()
 
@@ -83,7 +86,7 @@ class Outbox:
     def close(self) -> None:
         self._stop.set()
         for lane in self._lanes.values():
-            lane.more.set()
+            lane.wake()
         self._log.close()  # what it cannot keep any more comes back to the lanes, and into the box
         for drain in self._drains:
             drain.join()
@@ -109,12 +112,14 @@ class _Lane:
     def __init__(self, topic: str, log: Log, box: SqliteLog, max_bytes: int) -> None:
         self._topic = topic
         self._log = log
+        self._line = log.line()
         self._box = box
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._flying: dict[int, _Entry] = {}
         self._sent = 0
         self.waiting, self._bytes = box.held(topic)
+        self._ending = False
         self.more = threading.Event()
         """Set while anything waits."""
         if self.waiting:
@@ -130,7 +135,7 @@ class _Lane:
             if waits:
                 boxed = self._put([entry])
             else:
-                sent = self._log.submit(self._topic, key, event)
+                sent = self._line.submit(self._topic, key, event)
                 self._flying[number] = entry
         if waits:
             self._watch(boxed)
@@ -141,7 +146,8 @@ class _Lane:
     def drain(self) -> int:
         """Bring some of what waits to the log, the oldest first, and say how many. Raises LogUnavailable."""
         records = self._box.read(self._topic, {}, BATCH)
-        sent = [(record, self._handed_in(record)) for record in records]
+        line = self._log.line()
+        sent = [(record, self._handed_in(line, record)) for record in records]
         for record, future in sent:
             if future is not None:
                 try:
@@ -154,9 +160,9 @@ class _Lane:
             self._forget((record.key, record.event) for record in records)
         return len(records)
 
-    def _handed_in(self, record: Record) -> Future[Offset] | None:
+    def _handed_in(self, line: Line, record: Record) -> Future[Offset] | None:
         try:
-            return self._log.submit(self._topic, record.key, record.event)
+            return line.submit(self._topic, record.key, record.event)
         except EventTooLarge as error:
             self._refuse(record, error)
             return None
@@ -217,7 +223,15 @@ class _Lane:
             self.waiting -= 1
             self._bytes -= len(key) + len(event)
         if not self.waiting:
-            self.more.clear()
+            self._line = self._log.line()
+            if not self._ending:
+                self.more.clear()
+
+    def wake(self) -> None:
+        """Let whoever waits for `more` go on, now and for ever."""
+        with self._lock:
+            self._ending = True
+            self.more.set()
 
 
 def _full(max_bytes: int) -> Future[Offset]:

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from feedback.board import open_board
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK, Exchange, Feedback, Retraction, parse_event
-from feedback.log import Log, LogUnavailable, Offset, Offsets, Record, open_log
+from feedback.log import Line, Log, LogUnavailable, Offset, Offsets, Record, open_log
 from serving.adapters import AdapterStore, Base
 from serving.app import create_app, follow_hints
 from serving.config import ServingConfig
@@ -104,6 +104,9 @@ class TroubledLog:
             kept = self._log.submit(topic, key, event)
             threading.Thread(target=lambda: (self.answers.wait(), told.set_result(kept.result()))).start()
         return told
+
+    def line(self) -> Line:
+        return self
 
     def append(self, topic: str, key: str, event: str) -> Offset:
         return self.submit(topic, key, event).result()

@@ -296,7 +296,7 @@ def test_the_story_of_another_keys_feedback_is_told_to_nobody_else_and_cannot_be
             unknown = keyed.http.request(method, "/v1/feedback/fb-x", headers=header("app-key"))
             assert foreign.json()["error"]["message"].replace(receipt, "fb-x") == unknown.json()["error"]["message"]
         assert keyed.http.get(path, headers=header("web-key")).json()["status"] == "accepted"
-        keyed.wiring.board.close()
+        keyed.ask(keyed.wiring.board.close())
         for board in (tmp_path / "data" / "board").iterdir():
             board.unlink()
         assert keyed.http.get(path, headers=header("app-key")).status_code == 404  # though the board knows nothing
@@ -305,7 +305,7 @@ def test_the_story_of_another_keys_feedback_is_told_to_nobody_else_and_cannot_be
 
 def test_a_reply_is_shown_to_its_key_and_to_the_operator(keyed: Served):
     one = reply(keyed)
-    keyed.wiring.board.put_exchange(one, '{"id": "it"}')
+    keyed.ask(keyed.wiring.board.put_exchange(one, '{"id": "it"}'))
     seen = {
         key: keyed.http.get(f"/v1/replies/{one}", headers=header(key)) for key in ("web-key", "app-key", "let-me-in")
     }
