@@ -61,9 +61,14 @@ def why_not() -> str | None:
 
 
 def free_port() -> int:
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as one:
-        port: int = one.getsockname()[1]
-    return port
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, each another."""
+    with contextlib.ExitStack() as held:
+        servers = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in servers]
 
 
 class Broker:
@@ -75,7 +80,7 @@ class Broker:
         `users`: names and passwords of those who may log in, by SASL's PLAIN; none: nobody needs to.
         """
         self.folder = folder
-        self.port, self._controller = free_port(), free_port()
+        self.port, self._controller, inner = free_ports(3)
         self.bootstrap = f"127.0.0.1:{advertised or self.port}"
         folder.mkdir(parents=True)
         settings = SETTINGS.format(
@@ -85,7 +90,7 @@ class Broker:
             advertised=advertised or self.port,
             protocol="SASL_PLAINTEXT" if users else "PLAINTEXT",
             between="INNER" if users else "CLIENTS",
-            inner=f",INNER://127.0.0.1:{free_port()}" if users else "",
+            inner=f",INNER://127.0.0.1:{inner}" if users else "",
         )
         if users:
             settings += LOGIN.format(users=" ".join(f'user_{name}="{word}"' for name, word in users.items()))
