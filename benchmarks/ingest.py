@@ -56,7 +56,10 @@ def main() -> None:
     given = parser.parse_args()
     with contextlib.ExitStack() as running, tempfile.TemporaryDirectory(prefix="heed-ingest-") as work:
         print(f"one fsync of this disk: {fsync_ms(Path(work)):.2f} ms")
-        ports = {"bare": running.enter_context(bare()), "embedded": running.enter_context(heed(Path(work) / "embedded"))}
+        ports = {
+            "bare": running.enter_context(bare()),
+            "embedded": running.enter_context(heed(Path(work) / "embedded")),
+        }
         one: Broker | None = None
         if (why := why_not()) is None:
             one = running.enter_context(broker(Path(work) / "broker"))

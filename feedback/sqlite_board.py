@@ -1,4 +1,4 @@
-"""The embedded board: two files, of which each process writes its own and reads the other's."""
+"""The embedded board: two files, of which each process writes its own and reads the other's, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from feedback.board import Board, Receipt, Story
 from feedback.conversations import Place
+from feedback.jobs import Jobs
 from feedback.quotas import Buckets
 from feedback.sqlite_file import OtherFile, OwnFile, Row, Statement
 
@@ -44,13 +46,14 @@ _PRUNE_EVERY = 256
 
 
 class SqliteBoard(Board):
-    """`path_own` is ours to write (made, and made again when damaged), `path_other` only read; each in a thread."""
+    """`path_own` is ours to write (made, and made again when damaged), `path_other` only read."""
 
     def __init__(self, path_own: Path, path_other: Path, room: Room = Room()) -> None:
         self._own = OwnFile(path_own, _SCHEMA)
         self._other = OtherFile(path_other)
         self._room = room
         self._writes = 0
+        self._jobs = Jobs(self._write_all)
         self._buckets = Buckets()
 
     async def place(self, digests: Sequence[bytes]) -> Place | None:
@@ -124,20 +127,25 @@ class SqliteBoard(Board):
         return False
 
     async def close(self) -> None:
+        await self._jobs.end()
         self._own.close()
         self._other.close()
 
     async def _read(self, sql: str, values: Row) -> list[Row]:
-        return await asyncio.to_thread(self._own.read, sql, values)
+        return await self._jobs.do(lambda: self._own.read(sql, values))
 
     async def _both(self, sql: str, values: Row) -> list[Row]:
         """The rows of this process's own file, then of the other's."""
-        return await asyncio.to_thread(lambda: self._own.read(sql, values) + self._other.read(sql, values))
+        return await self._jobs.do(lambda: self._own.read(sql, values) + self._other.read(sql, values))
 
     async def _write(self, statements: Sequence[Statement]) -> bool:
+        return cast(bool, await self._jobs.do(statements))
+
+    def _write_all(self, statements: Sequence[Statement]) -> bool:
+        """In one transaction; now and then with a look at whether there is still room."""
         before, self._writes = self._writes, self._writes + len(statements)
         full = before // _PRUNE_EVERY < self._writes // _PRUNE_EVERY
-        return await asyncio.to_thread(self._own.write, [*statements, *(_pruning(self._room) if full else ())])
+        return self._own.write([*statements, *(_pruning(self._room) if full else ())])
 
 
 def _reporting(name: str, report: str) -> Statement:

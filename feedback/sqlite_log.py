@@ -25,6 +25,8 @@ from feedback.sqlite_topic import SLICE, Entry, TopicFile, topic_path
 
 logger = logging.getLogger(__name__)
 
+GATHER_S = 0.002
+"""Where several came together, the next are let gather so long: a transaction costs more than an event in it."""
 MAX_BATCH = 1000
 """Events in one transaction: bounds how long the first of them waits for the last."""
 
@@ -189,11 +191,13 @@ class _Writer:
         return entry.kept
 
     def _run(self) -> None:
+        self._crowded = False
         more, tidy_at = True, time.monotonic()
         while more:
             if time.monotonic() >= tidy_at and not self._tidy():
                 tidy_at = time.monotonic() + TIDY_S
             batch, more = self._next_batch(tidy_at)
+            self._crowded = len(batch) > 1
             for topic, file in self._files.items():
                 entries = [entry for entry in batch if entry.topic == topic]
                 if entries:
@@ -204,6 +208,8 @@ class _Writer:
         batch: list[Entry] = []
         try:
             entry = self._queue.get(timeout=max(0.0, until - time.monotonic()))
+            if self._crowded:
+                time.sleep(GATHER_S)
             while entry is not None:
                 batch.append(entry)
                 if len(batch) == MAX_BATCH:

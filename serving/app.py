@@ -62,6 +62,7 @@ def create_app(
     app.state.wiring = wiring
     for module in (chat, feedback, policy, operations):
         app.include_router(module.router)
+    app.include_router(feedback.at_hand)
     if config.admin_token is not None:
         app.include_router(admin.router)
     app.mount("/static", _Page(directory=operations.STATIC, check_dir=False), name="static")

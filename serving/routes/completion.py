@@ -218,7 +218,7 @@ class Completion:
     async def _append(self, event: Exchange) -> bool:
         try:
             future = self._wiring.log.submit(EXCHANGES, event.id, event.to_json())
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), KEEP_WAIT_S)
+            await self._wiring.inbox.answer(future, KEEP_WAIT_S)
         except (LogUnavailable, TimeoutError):
             return False
         return True

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import TypeAdapter
+from starlette.responses import JSONResponse
 
 from feedback.board import Story, furthest
 from serving.errors import HeedError, Unprocessable
 from serving.routes.bodies import read_as
-from serving.routes.intake import FeedbackLog
+from serving.routes.intake import FeedbackLog, Intake
 from serving.routes.wiring import Asking, Parts, client_of, wiring_of, within_quota
 from serving.schemas import FeedbackIn, Said
 
 router = APIRouter(dependencies=[Depends(client_of)])
+at_hand = APIRouter()
+"""What comes most often takes what it needs by hand: to resolve these dependencies costs more than all that they do."""
 
 Json = dict[str, Any]
 
@@ -30,13 +33,14 @@ async def _read_and_count(request: Request) -> Said:
         raise
 
 
-FeedbackBody = Annotated[Said, Depends(_read_and_count)]
-IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key")]
-
-
-@router.post("/v1/feedback", status_code=202, dependencies=[Depends(within_quota)])
-async def give(said: FeedbackBody, client: Asking, log: FeedbackLog, key: IdempotencyKey = None) -> Json:
-    return {"id": await log.accept(said, client, key), "status": "accepted"}
+@at_hand.post("/v1/feedback", status_code=202)
+async def give(request: Request) -> JSONResponse:
+    parts = await wiring_of(request)
+    client = await client_of(request, parts, request.headers.get("authorization", ""))
+    await within_quota(client, parts)
+    said = await _read_and_count(request)
+    receipt = await Intake(parts).accept(said, client, request.headers.get("idempotency-key"))
+    return JSONResponse({"id": receipt, "status": "accepted"}, 202)
 
 
 @router.get("/v1/feedback/{feedback_id}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Annotated
@@ -21,6 +21,9 @@ from serving.schemas import Comment, Correction, Preference, Ranking, Rating, Sa
 LOG_WAIT_S = 30.0
 """After this long without an answer from the log, feedback is refused as unavailable."""
 RETRY_AFTER_S = 2.0
+HINT_EVERY_S = 0.05
+"""The learner looks by itself four times a second; it need not be woken for each thumb of a crowd."""
+_VERSION = re.compile(r'"version":(\d+)')
 
 _OUTCOMES: Mapping[type[HeedError], str] = {
     NotStored: "not_stored",
@@ -76,8 +79,12 @@ class Intake:
         caller = client.caller(said.user)
         feedback_id = ids.new_feedback(caller, key, client.key)
         digest = ids.digest(said.model_dump_json(exclude={"id"}).encode())
+        event = _event(said, feedback_id, ids.pseudonym(caller), digest)
+        if key is None:  # a receipt that nobody could have had before: no look-up, and nobody to wait for
+            await self._append(event.reply_ids[0], event.to_json())
+            self._parts.go_on(self._show(said, event))
+            return False, feedback_id
         if feedback_id not in accepting:
-            event = _event(said, feedback_id, ids.pseudonym(caller), digest)
             taking = asyncio.get_running_loop().create_task(self._take(said, event, key))
             accepting[feedback_id] = digest, taking
             taking.add_done_callback(lambda _: accepting.pop(feedback_id))
@@ -97,15 +104,22 @@ class Intake:
                 raise _conflict(key)
             return True
         await self._append(event.reply_ids[0], event.to_json())
-        await board.remember_receipt(event.id, event.kind, event.body, event.at)
-        await self._count_value(said)
-        await board.hint(WORK_HINT)
+        await self._show(said, event)
         return False
+
+    async def _show(self, said: Said, event: Feedback) -> None:
+        """Tell the board what the log has kept, and the learner that there is work."""
+        await self._parts.board.remember_receipt(event.id, event.kind, event.body, event.at)
+        await self._count_value(said)
+        now = time.monotonic()
+        if now - self._parts.hinted > HINT_EVERY_S:
+            self._parts.hinted = now
+            await self._parts.board.hint(WORK_HINT)
 
     async def _append(self, key: str, event: str) -> None:
         try:
             future = self._parts.log.submit(FEEDBACK, key, event)
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), LOG_WAIT_S)
+            await self._parts.inbox.answer(future, LOG_WAIT_S)
         except LogUnavailable as error:
             raise Unavailable(
                 f"The feedback was not kept: {error}. Send it again with the same id.",
@@ -125,8 +139,9 @@ class Intake:
             return
         exchange = await self._parts.board.get_exchange(said.reply_id)
         if exchange is not None:
-            release = await asyncio.to_thread(self._parts.release)
-            role = role_of(json.loads(exchange)["version"], release)
+            version = _VERSION.search(exchange)  # its first: what people said comes last in an exchange
+            assert version is not None
+            role = role_of(int(version[1]), self._parts.release())
             policy = self._parts.store.policy
             self._parts.metrics.feedback_value.labels(policy, said.kind, str(said.value), role).inc()
 

@@ -23,6 +23,7 @@ from serving.errors import OverQuota, Unavailable
 from serving.ids import Ids
 from serving.keys import Keys, bearer
 from serving.metrics import Metrics
+from serving.routes.inbox import Inbox
 
 if TYPE_CHECKING:
     from serving.backend import Backend
@@ -65,8 +66,12 @@ class Wiring:
     """None while the model is loading."""
     draining: bool = False
     """True from the first SIGTERM on: new chats are still answered, but nobody should send more."""
+    inbox: Inbox = field(default_factory=Inbox)
+    """How the log's answers come."""
     accepting: dict[str, tuple[str, asyncio.Task[bool]]] = field(default_factory=dict)
     """Feedback ids on their way into the log, with the digest of their body: two posts at once make one event."""
+    hinted: float = 0.0
+    """When the learner was last told of feedback (time.monotonic())."""
     dropped: deque[str] = field(default_factory=lambda: deque(maxlen=DROPPED))
     """The last replies that were to be kept and could not be: feedback on them is refused, as their answer said."""
     started: float = field(default_factory=time.time)
