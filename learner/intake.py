@@ -43,9 +43,10 @@ class Intake:
             lag = self.lag(end)
             self.metrics.lag.labels(topic).set(lag)
             more = more or lag > 0
+        more = more or self.keep()
         if self.is_read(EXCHANGES):
             self.state.give_up_waiting(self.clock() - self.join_wait_s, self.clock())
-        return more or self.keep()
+        return more
 
     def keep(self) -> bool:
         """Now and then let go of what is not to be kept; true while there is more of it."""

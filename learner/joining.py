@@ -103,8 +103,11 @@ class Joiner:
 
     def take_retraction(self, retraction: Retraction) -> None:
         """What it names stops counting, now or (where it has not been read yet) on arrival."""
-        self.db.execute("INSERT OR IGNORE INTO retractions VALUES (?, ?)", (retraction.id, retraction.at))
-        self.move(retraction.id, "retracted")
+        self.db.execute(
+            "INSERT INTO retractions VALUES (?1, ?2) ON CONFLICT (id) DO UPDATE SET at = max(at, ?2)",
+            (retraction.id, retraction.at),
+        )
+        self.retract_if_named(retraction.id)
 
     def put(self, feedback: Feedback, record: Record) -> None:
         """Feedback whose id the state does not hold."""
@@ -133,10 +136,15 @@ class Joiner:
             return
         pairs = [(feedback.id, reply_id) for reply_id in feedback.reply_ids]
         self.db.executemany("INSERT INTO about VALUES (?, ?)", pairs)
-        if self.db.execute("SELECT 1 FROM retractions WHERE id = ?", (feedback.id,)).fetchone():
-            self.move(feedback.id, "retracted")
+        self.retract_if_named(feedback.id)
         self.join_if_whole(feedback.id)
         self.supersede(feedback.id)
+
+    def retract_if_named(self, feedback_id: str) -> None:
+        """Retract feedback that a retraction names; one that was too old to be kept when it was given names it no more."""
+        query = "SELECT 1 FROM retractions r JOIN feedback f USING (id) WHERE id = ? AND r.at >= f.at - ?"
+        if self.db.execute(query, (feedback_id, self.keep_s)).fetchone():
+            self.move(feedback_id, "retracted")
 
     def replace(self, feedback: Feedback, record: Record) -> None:
         """Feedback that goes before what the state holds under its id. What was learned from the same words stays so."""

@@ -133,7 +133,8 @@ class State:
         """Let go of at most so many each of feedback and exchanges that are older, or more, than is kept; true if there is more.
 
         Exchanges that kept feedback speaks of stay, and all others for another `grace_s` seconds, in which feedback on
-        them may come. Only right when the log has been read to its end: else that feedback may simply be unread.
+        them may come; so do retractions. Only right when the log has been read to its end: else that feedback may
+        simply be unread. What old feedback stood before takes its place and waits anew: `give_up_waiting` comes after.
         """
         if self.kept == EVERYTHING:
             return False
@@ -147,10 +148,11 @@ class State:
                 joiner.let_go(feedback_id)
             gone = db.execute(
                 "DELETE FROM exchanges WHERE reply_id IN (SELECT reply_id FROM exchanges e WHERE at < ? AND NOT EXISTS"
-                " (SELECT 1 FROM about a WHERE a.reply_id = e.reply_id) ORDER BY at LIMIT ?)",
+                " (SELECT 1 FROM about a WHERE a.reply_id = e.reply_id) AND reply_id NOT IN"
+                " (SELECT reply.value FROM repeats r, json_each(r.event, '$.reply_ids') reply) ORDER BY at LIMIT ?)",
                 (unspoken_of, most),
             ).rowcount
-            db.execute("DELETE FROM retractions WHERE at < ? AND id NOT IN (SELECT id FROM feedback)", (too_old,))
+            db.execute("DELETE FROM retractions WHERE at < ? AND id NOT IN (SELECT id FROM feedback)", (unspoken_of,))
         return max(len(old), gone) == most
 
     def judgement_count(self, *, fresh: bool) -> int:

@@ -20,6 +20,8 @@ from feedback.events import EXCHANGES, FEEDBACK, Exchange
 from feedback.keeping import DAY_S, EVERYTHING, Keep
 from feedback.log import LogUnavailable, open_log
 from feedback.sqlite_log import SqliteLog
+from learner.intake import Intake
+from learner.metrics import LearnerMetrics
 from learner.report import dropped, feedback_counts
 from learner.state import State
 from tests.told import BASE, NOW, POLICY, exchange, feedback, records, retraction
@@ -274,6 +276,38 @@ def test_what_old_feedback_had_superseded_counts_again_and_a_younger_body_takes_
     assert dropped(state) == {"too_old": 1}
 
 
+def test_an_exchange_of_which_only_a_younger_body_speaks_stays_for_it(state: State):
+    told = (exchange("r", at=NOW - 10), feedback("f", "nowhere", at=NOW), feedback("f", "r", at=NOW + 60))
+    state.absorb(records(*told), NOW + 60)
+    for now in (NOW + 3595, NOW + 3601):
+        state.keep(now, grace_s=0)
+    assert [judgement.feedback_id for judgement in state.judgements()] == ["f"]
+
+
+def test_what_takes_the_place_of_old_feedback_and_waits_in_vain_is_given_up_at_once(tmp_path: Path, state: State):
+    clock = [NOW]
+    with closing(SqliteLog(tmp_path, [FEEDBACK, EXCHANGES])) as log:
+        for event in (feedback("f", "nowhere", at=NOW), feedback("f", "elsewhere", at=NOW + 60)):
+            log.append(FEEDBACK, "key", event.to_json())
+        intake = Intake(log, state, LearnerMetrics(), join_wait_s=20, clock=lambda: clock[0])
+        for clock[0] in (NOW + 60, NOW + 3601):
+            assert not intake.absorb()
+    assert ids(state, "feedback", "reply_id") == {"elsewhere"}
+    assert dropped(state) == {"too_old": 1, "no_exchange": 1}
+
+
+@pytest.mark.parametrize("tidied", [True, False])
+@pytest.mark.parametrize(("given", "status"), [(NOW + 3600, "retracted"), (NOW + 3601, "joined")])
+def test_a_retraction_names_what_is_given_while_it_is_kept_and_nothing_later_even_where_it_still_is(
+    state: State, given: float, status: str, tidied: bool
+):
+    state.absorb(records(exchange("r", at=given), retraction("f", at=NOW - 1), retraction("f", at=NOW)), NOW)
+    if tidied:
+        state.keep(given + 20, grace_s=20)
+    state.absorb(records(feedback("f", "r", at=given), first=3), given + 20)
+    assert ids(state, "feedback", "status") == {status}
+
+
 def test_the_state_keeps_the_newest_that_fit(tmp_path: Path):
     with closing(State(tmp_path / "state.db", policy=POLICY, base=BASE, keep=Keep(size=100_000))) as state:
         pairs = [(exchange(f"r{n}", at=NOW + n), feedback(f"f{n}", f"r{n}", at=NOW + n)) for n in range(300)]
@@ -323,15 +357,15 @@ def test_a_state_made_anew_is_the_one_that_let_go_as_time_went_by(
     for number, record in enumerate(log):
         lived.absorb([record], NOW + 7 * number)
         if chance.random() < 0.5:
-            lived.give_up_waiting(NOW + 7 * number - 20, NOW + 7 * number)
             lived.keep(NOW + 7 * number, grace_s=20)
+            lived.give_up_waiting(NOW + 7 * number - 20, NOW + 7 * number)
     anew = State(folder / "anew.db", policy=POLICY, base=BASE, keep=keep)
     exchanges = [record for record in log if record.topic == EXCHANGES]
     anew.absorb([*exchanges, *(record for record in log if record.topic == FEEDBACK)], end)
     for state in (lived, anew):
-        state.give_up_waiting(end - 20, end)
         while state.keep(end, grace_s=20, most=3):
             pass
+        state.give_up_waiting(end - 20, end)
     assert lived.digest() == anew.digest()
     assert [one.feedback_id for one in lived.judgements()] == [one.feedback_id for one in anew.judgements()]
     young = {
