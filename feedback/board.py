@@ -101,8 +101,12 @@ class Board(Protocol):
         """The exchange as it was put; None where it is no longer, or was never, here."""
         ...
 
-    async def remember_receipt(self, feedback_id: str, kind: str, body_digest: str, at: float) -> None:
-        """Remember a feedback as accepted; the first receipt of an id stays."""
+    async def versions(self, reply_ids: Sequence[str]) -> dict[str, int]:
+        """Reply id → the version that spoke, of the exchanges that are still here."""
+        ...
+
+    async def remember_receipts(self, receipts: Sequence[Receipt]) -> None:
+        """Remember feedback as accepted; the first receipt of an id stays."""
         ...
 
     async def receipt(self, feedback_id: str) -> Receipt | None:

@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.1
 """Between two looks at whether what is on its way gets on."""
-GATHER_S = 0.001
-"""The thread lets events gather so long: waking up for each of them would cost more than sending it."""
+GATHER_S = 0.006
+CROWD = 4
+"""Where more than a few came together, the next are let gather: a batch costs kafka-python more than an event in it."""
+GREAT_CROWD = 500
+"""So many need not wait for more."""
 LINGER_MS = 1
 BATCH_BYTES = 256 * 2**10
 PATIENCE = 4
@@ -82,6 +85,7 @@ class KafkaWriter:
         self._epoch = 0
         """Grows with each failure, before anyone is told of it."""
         self._said = False
+        self._crowded = False
         self._thread = threading.Thread(target=self._run, name="heed-kafka-writer", daemon=True)
         self._thread.start()
 
@@ -120,6 +124,7 @@ class KafkaWriter:
         more = True
         while more:
             batch, more = self._next_batch()
+            self._crowded = CROWD < len(batch) < GREAT_CROWD
             if batch:
                 self._send(batch)
             self._look()
@@ -134,7 +139,8 @@ class KafkaWriter:
         batch: list[_Entry] = []
         try:
             entry = self._queue.get(timeout=LOOK_S if self._flight is not None and self._flight.flying else None)
-            time.sleep(GATHER_S)
+            if self._crowded:
+                time.sleep(GATHER_S)
             while entry is not None:
                 batch.append(entry)
                 entry = self._queue.get_nowait()

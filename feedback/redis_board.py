@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -32,6 +33,9 @@ from feedback.quotas import TAKE, Buckets
 from feedback.redis_hints import Hints
 
 TIMEOUT_S = 0.05
+HEAD = 600
+"""Characters of an exchange in which its version stands: what people said comes last."""
+_VERSION = re.compile(r'"version":(\d+)')
 """The longest that anyone waits for an answer, connecting included."""
 CLOSE_S = 1.0
 """How long connections may take to end, and how long a person waits."""
@@ -89,9 +93,24 @@ class RedisBoard(Board):
     async def get_exchange(self, reply_id: str) -> str | None:
         return await self._ask(lambda redis: redis.get(f"heed::exchange:{reply_id}"), None)
 
-    async def remember_receipt(self, feedback_id: str, kind: str, body_digest: str, at: float) -> None:
-        said = json.dumps([kind, body_digest, at])
-        await self._tell(lambda pipe: pipe.set(f"heed::receipt:{feedback_id}", said, nx=True, ex=RECEIPT_S))
+    async def versions(self, reply_ids: Sequence[str]) -> dict[str, int]:
+        async def look(redis: Redis) -> dict[str, int]:
+            async with redis.pipeline(transaction=False) as pipe:
+                for reply_id in reply_ids:
+                    pipe.getrange(f"heed::exchange:{reply_id}", 0, HEAD)
+                heads = zip(reply_ids, await pipe.execute(), strict=True)
+            found = ((reply_id, _VERSION.search(head)) for reply_id, head in heads)
+            return {reply_id: int(version[1]) for reply_id, version in found if version}
+
+        return await self._ask(look, {})
+
+    async def remember_receipts(self, receipts: Sequence[Receipt]) -> None:
+        def remember(pipe: Pipeline) -> None:
+            for one in receipts:
+                said = json.dumps([one.kind, one.body, one.at])
+                pipe.set(f"heed::receipt:{one.feedback_id}", said, nx=True, ex=RECEIPT_S)
+
+        await self._tell(remember)
 
     async def receipt(self, feedback_id: str) -> Receipt | None:
         async def look(redis: Redis) -> Receipt | None:

@@ -74,9 +74,15 @@ class SqliteBoard(Board):
         rows = await self._read("SELECT exchange FROM exchanges WHERE reply_id = ?", (reply_id,))
         return rows[0][0] if rows else None
 
-    async def remember_receipt(self, feedback_id: str, kind: str, body_digest: str, at: float) -> None:
-        sql = "INSERT OR IGNORE INTO receipts (feedback_id, kind, body, at) VALUES (?, ?, ?, ?)"
-        await self._write([(sql, (feedback_id, kind, body_digest, at))])
+    async def versions(self, reply_ids: Sequence[str]) -> dict[str, int]:
+        marks = ", ".join("?" * len(reply_ids))
+        sql = f"SELECT reply_id, json_extract(exchange, '$.version') FROM exchanges WHERE reply_id IN ({marks})"
+        return dict(await self._read(sql, tuple(reply_ids)))
+
+    async def remember_receipts(self, receipts: Sequence[Receipt]) -> None:
+        marks = ", ".join(["(?, ?, ?, ?)"] * len(receipts))
+        values = tuple(value for one in receipts for value in (one.feedback_id, one.kind, one.body, one.at))
+        await self._write([(f"INSERT OR IGNORE INTO receipts (feedback_id, kind, body, at) VALUES {marks}", values)])
 
     async def receipt(self, feedback_id: str) -> Receipt | None:
         rows = await self._both(

@@ -129,6 +129,9 @@ class OwnFile:
         """Execute all of it in one transaction, and True; nothing and False while the file cannot be used."""
 
         def in_one_transaction(db: sqlite3.Connection) -> bool:
+            if len(statements) == 1:  # a transaction by itself
+                db.execute(*statements[0])
+                return True
             db.execute("BEGIN IMMEDIATE")
             for sql, values in statements:
                 db.execute(sql, values)

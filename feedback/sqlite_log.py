@@ -25,8 +25,9 @@ from feedback.sqlite_topic import SLICE, Entry, TopicFile, topic_path
 
 logger = logging.getLogger(__name__)
 
-GATHER_S = 0.002
-"""Where several came together, the next are let gather so long: a transaction costs more than an event in it."""
+GATHER_S = 0.004
+CROWD = 4
+"""Where more than a few came together, the next are let gather: a transaction costs more than an event in it."""
 MAX_BATCH = 1000
 """Events in one transaction: bounds how long the first of them waits for the last."""
 
@@ -197,7 +198,7 @@ class _Writer:
             if time.monotonic() >= tidy_at and not self._tidy():
                 tidy_at = time.monotonic() + TIDY_S
             batch, more = self._next_batch(tidy_at)
-            self._crowded = len(batch) > 1
+            self._crowded = len(batch) > CROWD
             for topic, file in self._files.items():
                 entries = [entry for entry in batch if entry.topic == topic]
                 if entries:

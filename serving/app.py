@@ -60,9 +60,9 @@ def create_app(
     wiring.metrics.watch(lambda: _now(wiring))
     app = FastAPI(title="Heed", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.wiring = wiring
+    app.add_route("/v1/feedback", feedback.give, methods=["POST"])
     for module in (chat, feedback, policy, operations):
         app.include_router(module.router)
-    app.include_router(feedback.at_hand)
     if config.admin_token is not None:
         app.include_router(admin.router)
     app.mount("/static", _Page(directory=operations.STATIC, check_dir=False), name="static")

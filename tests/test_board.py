@@ -126,8 +126,8 @@ async def test_an_exchange_is_read_as_it_was_put(server: Board) -> None:
 
 async def test_a_receipt_is_remembered_and_the_first_one_stays(server: Board) -> None:
     assert await server.receipt("fb-1") is None
-    await server.remember_receipt("fb-1", "thumb", "digest", 10.125)
-    await server.remember_receipt("fb-1", "rating", "other", 20.0)
+    await server.remember_receipts([Receipt("fb-1", "thumb", "digest", 10.125)])
+    await server.remember_receipts([Receipt("fb-1", "rating", "other", 20.0)])
     assert await server.receipt("fb-1") == Receipt("fb-1", "thumb", "digest", 10.125)
 
 
@@ -169,7 +169,7 @@ async def test_a_report_of_the_learner_is_read_by_the_server(server: Board, lear
 
 
 async def test_a_story_is_told_from_both_processes_in_order(server: Board, learner: Board) -> None:
-    await server.remember_receipt("fb-1", "thumb", "digest", 1.0)
+    await server.remember_receipts([Receipt("fb-1", "thumb", "digest", 1.0)])
     steps = [Story("in_update", 4.0, update=7), Story("joined", 2.0), Story("in_reward_model", 3.0)]
     assert await learner.write_stories({"fb-1": steps, "fb-2": []})
     await learner.write_story("fb-1", [Story("in_version", 5.0, update=7, version=3)])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from feedback import redis_board
-from feedback.board import RELEASE_HINT, WORK_HINT, Story
+from feedback.board import RELEASE_HINT, WORK_HINT, Receipt, Story
 from feedback.breaker import REST_S
 from feedback.redis_board import CONNECTIONS, RedisBoard
 from tests.test_board import chat, turn
@@ -26,7 +26,7 @@ CALLS: dict[str, tuple[Callable[[RedisBoard], Awaitable[Any]], Any]] = {
     "remember_exchange": (lambda board: turn(board, chat("hi"), "hello", name="talk"), None),
     "put_exchange": (lambda board: board.put_exchange("reply", "{}"), None),
     "get_exchange": (lambda board: board.get_exchange("reply"), None),
-    "remember_receipt": (lambda board: board.remember_receipt("fb", "thumb", "digest", 1.0), None),
+    "remember_receipts": (lambda board: board.remember_receipts([Receipt("fb", "thumb", "digest", 1.0)]), None),
     "receipt": (lambda board: board.receipt("fb"), None),
     "take": (lambda board: board.take("ann", 1000), 0.0),
     "ask_update": (lambda board: board.ask_update(1.0), None),
@@ -366,7 +366,7 @@ async def test_connections_are_bounded_however_many_ask(board: RedisBoard, valke
 
 @pytest.mark.usefixtures("patient")
 async def test_all_that_grows_expires(board: RedisBoard, valkey: Valkey) -> None:
-    for name in ("remember_exchange", "put_exchange", "remember_receipt", "take", "write_stories"):
+    for name in ("remember_exchange", "put_exchange", "remember_receipts", "take", "write_stories"):
         await CALLS[name][0](board)
     keys = valkey.command("KEYS", "*")
     assert {key.split(":")[2] for key in keys} == {"turn", "exchange", "receipt", "quota", "story"}

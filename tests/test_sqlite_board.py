@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from feedback.board import Story, open_board
+from feedback.board import Receipt, Story, open_board
 from feedback.config import FeedbackConfig
 from feedback.sqlite_board import Room, SqliteBoard
 from tests.test_board import chat, turn
@@ -51,7 +51,7 @@ async def test_large_exchanges_are_bounded_by_their_size(tmp_path: Path) -> None
 async def test_everything_that_grows_is_bounded(tmp_path: Path) -> None:
     board = SqliteBoard(tmp_path / "own.db", tmp_path / "other.db", Room(conversations=10, receipts=10, stories=10))
     for number in range(600):
-        await board.remember_receipt(f"fb-{number}", "thumb", "digest", number)
+        await board.remember_receipts([Receipt(f"fb-{number}", "thumb", "digest", number)])
         await board.write_story(f"fb-{number}", [Story("joined", number)])
         await turn(board, chat(f"prompt {number}"), "reply", name=f"talk-{number}")
     assert await board.receipt("fb-0") is None

@@ -16,8 +16,6 @@ from serving.routes.wiring import Asking, Parts, client_of, wiring_of, within_qu
 from serving.schemas import FeedbackIn, Said
 
 router = APIRouter(dependencies=[Depends(client_of)])
-at_hand = APIRouter()
-"""What comes most often takes what it needs by hand: to resolve these dependencies costs more than all that they do."""
 
 Json = dict[str, Any]
 
@@ -33,8 +31,8 @@ async def _read_and_count(request: Request) -> Said:
         raise
 
 
-@at_hand.post("/v1/feedback", status_code=202)
 async def give(request: Request) -> JSONResponse:
+    """POST /v1/feedback, a route of Starlette's: to have FastAPI resolve what it takes costs as much as all that it does."""
     parts = await wiring_of(request)
     client = await client_of(request, parts, request.headers.get("authorization", ""))
     await within_quota(client, parts)

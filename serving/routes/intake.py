@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from fastapi import Depends
 
-from feedback.board import WORK_HINT, Story
+from feedback.board import WORK_HINT, Receipt, Story
 from feedback.events import FEEDBACK, Feedback, FeedbackContent, Retraction
 from feedback.log import LogUnavailable
 from serving.errors import Conflict, HeedError, NotStored, Unavailable, UnknownReply, Unprocessable
@@ -21,9 +20,12 @@ from serving.schemas import Comment, Correction, Preference, Ranking, Rating, Sa
 LOG_WAIT_S = 30.0
 """After this long without an answer from the log, feedback is refused as unavailable."""
 RETRY_AFTER_S = 2.0
+GATHER_S = 0.02
+"""Before the board is told: what comes meanwhile is told with it, and costs a tenth."""
 HINT_EVERY_S = 0.05
 """The learner looks by itself four times a second; it need not be woken for each thumb of a crowd."""
-_VERSION = re.compile(r'"version":(\d+)')
+MOST_SHOWN = 200
+"""Feedback told to the board at a time."""
 
 _OUTCOMES: Mapping[type[HeedError], str] = {
     NotStored: "not_stored",
@@ -82,7 +84,7 @@ class Intake:
         event = _event(said, feedback_id, ids.pseudonym(caller), digest)
         if key is None:  # a receipt that nobody could have had before: no look-up, and nobody to wait for
             await self._append(event.reply_ids[0], event.to_json())
-            self._parts.go_on(self._show(said, event))
+            self._show_soon(said, event)
             return False, feedback_id
         if feedback_id not in accepting:
             taking = asyncio.get_running_loop().create_task(self._take(said, event, key))
@@ -104,13 +106,29 @@ class Intake:
                 raise _conflict(key)
             return True
         await self._append(event.reply_ids[0], event.to_json())
-        await self._show(said, event)
+        await board.remember_receipts([_receipt(event)])  # at once: the next post under this id may come now
+        self._show_soon(said, event)
         return False
 
-    async def _show(self, said: Said, event: Feedback) -> None:
-        """Tell the board what the log has kept, and the learner that there is work."""
-        await self._parts.board.remember_receipt(event.id, event.kind, event.body, event.at)
-        await self._count_value(said)
+    def _show_soon(self, said: Said, event: Feedback) -> None:
+        """Have the board told what the log has kept, together with what comes meanwhile."""
+        unshown = self._parts.unshown
+        unshown.append((said, event))
+        if len(unshown) == 1:
+            self._parts.go_on(self._show())
+
+    async def _show(self) -> None:
+        """Tell the board what the log has kept, count what people think, and tell the learner that there is work."""
+        unshown = self._parts.unshown
+        try:
+            await asyncio.sleep(GATHER_S)
+            while some := unshown[:MOST_SHOWN]:
+                await self._parts.board.remember_receipts([_receipt(event) for _, event in some])
+                await self._count_values([said for said, _ in some if isinstance(said, Thumb | Rating)])
+                del unshown[: len(some)]
+        except BaseException:
+            unshown.clear()  # who comes next finds it empty, and begins anew
+            raise
         now = time.monotonic()
         if now - self._parts.hinted > HINT_EVERY_S:
             self._parts.hinted = now
@@ -133,17 +151,16 @@ class Intake:
                 retry_after=RETRY_AFTER_S,
             ) from None
 
-    async def _count_value(self, said: Said) -> None:
-        """Count a thumb or a rating for the role of the version that spoke, while the board still knows which."""
-        if not isinstance(said, Thumb | Rating):
+    async def _count_values(self, opinions: Sequence[Thumb | Rating]) -> None:
+        """Count them for the role of the version that spoke, while the board still knows which."""
+        versions = await self._parts.board.versions([said.reply_id for said in opinions]) if opinions else {}
+        if not versions:
             return
-        exchange = await self._parts.board.get_exchange(said.reply_id)
-        if exchange is not None:
-            version = _VERSION.search(exchange)  # its first: what people said comes last in an exchange
-            assert version is not None
-            role = role_of(int(version[1]), self._parts.release())
-            policy = self._parts.store.policy
-            self._parts.metrics.feedback_value.labels(policy, said.kind, str(said.value), role).inc()
+        release, policy = self._parts.release(), self._parts.store.policy
+        for said in opinions:
+            if said.reply_id in versions:
+                role = role_of(versions[said.reply_id], release)
+                self._parts.metrics.feedback_value.labels(policy, said.kind, str(said.value), role).inc()
 
 
 async def _intake(parts: Parts) -> Intake:
@@ -177,6 +194,10 @@ def _event(said: Said, feedback_id: str, caller: str, digest: str) -> Feedback:
             metadata=said.metadata or {},
         ),
     )
+
+
+def _receipt(event: Feedback) -> Receipt:
+    return Receipt(event.id, event.kind, event.body, event.at)
 
 
 def _value(said: Said) -> float | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Header, Request
 
 from feedback.board import Board
-from feedback.events import Release
+from feedback.events import Feedback, Release
 from feedback.log import Log
 from serving.adapters import AdapterStore, ReleaseBroken
 from serving.config import ServingConfig
@@ -24,6 +24,7 @@ from serving.ids import Ids
 from serving.keys import Keys, bearer
 from serving.metrics import Metrics
 from serving.routes.inbox import Inbox
+from serving.schemas import Said
 
 if TYPE_CHECKING:
     from serving.backend import Backend
@@ -70,6 +71,8 @@ class Wiring:
     """How the log's answers come."""
     accepting: dict[str, tuple[str, asyncio.Task[bool]]] = field(default_factory=dict)
     """Feedback ids on their way into the log, with the digest of their body: two posts at once make one event."""
+    unshown: list[tuple[Said, Feedback]] = field(default_factory=list)
+    """Feedback that the log has kept, and the board is to be told of."""
     hinted: float = 0.0
     """When the learner was last told of feedback (time.monotonic())."""
     dropped: deque[str] = field(default_factory=lambda: deque(maxlen=DROPPED))
