@@ -30,9 +30,9 @@ LOOK_S = 0.1
 GATHER_S = 0.006
 CROWD = 4
 """Where more than a few came together, the next are let gather: a batch costs kafka-python more than an event in it."""
-GREAT_CROWD = 500
+GREAT_CROWD = 200
 """So many need not wait for more."""
-LINGER_MS = 1
+LINGER_MS = 2
 BATCH_BYTES = 256 * 2**10
 PATIENCE = 4
 """Deadlines that an event may wait while others get on."""
@@ -54,13 +54,15 @@ class _Entry(Future[Offset]):
         self.at = time.monotonic()
         self.flight: _Flight | None = None
 
-    def acknowledged(self, metadata: Any) -> None:
+    def success(self, metadata: Any) -> None:
+        """Called by kafka-python, in its thread."""
         assert self.flight is not None
         self.flight.heard = time.monotonic()
         if self.flight.flying.pop(self, False) is None:
             self.set_result(metadata.offset + 1)
 
-    def failed(self, error: BaseException) -> None:
+    def failure(self, error: BaseException) -> None:
+        """Called by kafka-python, in its thread."""
         assert self.flight is not None
         if isinstance(error, _TOO_LARGE) and self.flight.flying.pop(self, False) is None:
             self.set_exception(EventTooLarge(f"Kafka's topic {self.topic} does not take it: {error}"))
@@ -255,14 +257,15 @@ class _Flight:
         try:
             sent = self._send(entry.topic, entry.event, entry.key)
         except Exception as error:
-            entry.failed(error)
+            entry.failure(error)
             return
-        sent.add_callback(entry.acknowledged)
-        sent.add_errback(entry.failed)
+        sent.chain(entry)
 
     def oldest(self) -> _Entry | None:
-        flying = list(self.flying)  # a copy: the producer's thread takes entries out meanwhile
-        return flying[0] if flying else None
+        try:
+            return next(iter(self.flying), None)
+        except RuntimeError:  # the producer's thread took one out at this moment: they get on
+            return None
 
     def give_up(self) -> None:
         """Tell everyone who waits that nobody knows, and let go of the producer."""

@@ -65,7 +65,17 @@ class Metrics:
         self.feedback_value = self._counter(
             "heed_feedback_value", "What people think of a version's replies.", ["policy", "kind", "value", "role"]
         )
+        self._answered: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._prepare()
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count a request; its two time series are looked up once."""
+        found = self._answered.get((route, status))
+        if found is None:
+            found = self.requests.labels(route, str(status)), self.request_seconds.labels(route)
+            self._answered[route, status] = found
+        found[0].inc()
+        found[1].observe(seconds)
 
     def watch(self, look: Callable[[], Now]) -> None:
         """Report what is running now, as `look` sees it at each scrape."""

@@ -52,8 +52,7 @@ class Door:
             await JSONResponse(failed.body(), failed.status)(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "other"
-            self._parts.metrics.requests.labels(route, str(status)).inc()
-            self._parts.metrics.request_seconds.labels(route).observe(time.monotonic() - began)
+            self._parts.metrics.answered(route, status, time.monotonic() - began)
 
 
 class _Bounded:
