@@ -17,8 +17,9 @@ from learner.state import State
 from tests.house import House, until
 
 CHAT, FEEDBACK = "/v1/chat/completions", "/v1/feedback"
-ANSWER_S = 30.0
-"""Who has no answer after so long takes it that there will be none."""
+ANSWER_S = 120.0
+"""Who has no answer after so long takes it that there will be none: the server's own waits end after 30 s, and a virtual
+machine may stand still for a minute."""
 GOT_ON = ("joined", "in_reward_model", "in_update", "in_version", "served")
 
 
@@ -45,6 +46,8 @@ class Crowd:
     """Replies that the server could not keep, as their answers said."""
     oddities: list[str] = field(default_factory=list)
     outages: int = 0
+    slowest_s: float = 0.0
+    """How long an answer took at most."""
     refusals: Counter[str] = field(default_factory=Counter)
     """Clean errors, by route and status."""
     troubles: frozenset[str] = frozenset()
@@ -74,7 +77,8 @@ class Crowd:
         """What it has been through, in numbers."""
         return (
             f"{self.replies} replies ({len(self.unkept)} not kept), {len(self.promised)} feedback accepted, "
-            f"{self.outages} requests cut off, refused: {dict(self.refusals)}, accepted while: {dict(self.taken)}"
+            f"{self.outages} requests cut off, slowest answer {self.slowest_s:.1f} s, refused: {dict(self.refusals)}, "
+            f"accepted while: {dict(self.taken)}"
         )
 
     def person(self, number: int) -> None:
@@ -87,8 +91,8 @@ class Crowd:
                 message = {"role": "user", "content": f"{number} says {said}"}
                 chat = {"model": "default", "messages": [message], "max_tokens": 6, "user": f"user-{number}"}
                 reply = self.insist(http, CHAT, chat | ({"stream": True} if number % 2 else {}))
-                rating = {"kind": "rating", "value": chance.randint(1, 5)}
-                thumb = {"kind": "thumb", "value": chance.choice(["up", "down"])}
+                rating: dict[str, Any] = {"kind": "rating", "value": chance.randint(1, 5)}
+                thumb: dict[str, Any] = {"kind": "thumb", "value": chance.choice(["up", "down"])}
                 opinion = chance.choice([rating, thumb])
                 named = {"reply_id": reply.body["id"], "user": f"user-{number}", "id": f"{number}-{said}"}
                 self.rate(http, reply, opinion, named)
@@ -137,7 +141,9 @@ class Crowd:
             with self._lock:
                 self.outages += 1
             return None
-        self._lives.add(life)
+        with self._lock:
+            self._lives.add(life)
+            self.slowest_s = max(self.slowest_s, time.monotonic() - began)
         if answer.is_error:
             with self._lock:
                 self.refusals[f"{path} {answer.status_code}"] += 1

@@ -15,7 +15,7 @@ import pytest
 
 from deploy.welcome import free_port
 from feedback.config import FeedbackConfig
-from tests.crowd import CHAT, FEEDBACK
+from tests.crowd import ANSWER_S, CHAT, FEEDBACK
 from tests.house import Folder, House, quick_settings, until
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def talk(port: int, exchanges: int) -> None:
 
 
 def person(port: int, exchanges: int, failures: list[BaseException]) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
     try:
         for number in range(exchanges):
             message = {"role": "user", "content": f"{threading.get_ident()} says {number} at {time.time()}"}
@@ -113,7 +113,7 @@ def post(connection: http.client.HTTPConnection, path: str, body: dict[str, Any]
 
 
 def ready(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
     try:
         connection.request("GET", "/ready")
         return connection.getresponse().status == 200

@@ -108,7 +108,7 @@ def _killed(house: House, name: str) -> Fault:
 
 
 def _cuts(network: str, relay: Relay) -> Sequence[Fault]:
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "slow": partial(relay.delay, 0.2),
         "slower than anyone waits": partial(relay.delay, 3.0),
         "reset": relay.cut,
