@@ -48,8 +48,9 @@ bench-turns: $(VENV)/.heed-test ## what the prefix cache is worth to the next tu
 bench-decode: $(VENV)/.heed-test ## how near a step comes to the memory's speed (on a GPU: an 8B shape)
 	$(BIN)/python -m benchmarks.decode
 
-soak: $(VENV)/.heed-test ## the long version of the tests that kill processes
-	HEED_SOAK=1 $(BIN)/python -m pytest -m "" --timeout=7200 tests/test_kill9.py tests/test_log_crash.py
+soak: $(VENV)/.heed-test ## the long versions of the tests that kill, cut off and fill up, and of those for leaks
+	HEED_SOAK=1 $(BIN)/python -m pytest -m "" --timeout=7200 tests/test_kill9.py tests/test_log_crash.py \
+	  tests/test_chaos.py tests/test_memory.py
 
 clean: ## remove what was installed and cached here (never heed-data)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

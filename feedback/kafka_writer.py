@@ -32,7 +32,7 @@ CROWD = 4
 """Where more than a few came together, the next are let gather: a batch costs kafka-python more than an event in it."""
 GREAT_CROWD = 200
 """So many need not wait for more."""
-LINGER_MS = 2
+LINGER_MS = 5
 BATCH_BYTES = 256 * 2**10
 PATIENCE = 4
 """Deadlines that an event may wait while others get on."""

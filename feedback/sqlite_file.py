@@ -123,7 +123,7 @@ class OwnFile:
 
     def read(self, sql: str, values: Row) -> list[Row]:
         """The rows; none while the file cannot be used."""
-        return self._use(lambda db: db.execute(sql, values).fetchall()) or []
+        return self._use(lambda db: db.execute(sql, values).fetchall(), wrote=False) or []
 
     def write(self, statements: Sequence[Statement]) -> bool:
         """Execute all of it in one transaction, and True; nothing and False while the file cannot be used."""
@@ -138,13 +138,13 @@ class OwnFile:
             db.execute("COMMIT")
             return True
 
-        return self._use(in_one_transaction) is True
+        return self._use(in_one_transaction, wrote=True) is True
 
     def close(self) -> None:
         with self._lock:
             self._drop()
 
-    def _use(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+    def _use(self, work: Callable[[sqlite3.Connection], T], wrote: bool) -> T | None:
         with self._lock:
             try:
                 result = self._mending(work)
@@ -155,7 +155,7 @@ class OwnFile:
                     logger.warning("cannot use %s (%s): going on without it", self._path, error)
                 self._away = True
                 return None
-            self._away = False
+            self._away = self._away and not wrote  # a full disk can still be read
             return result
 
     def _mending(self, work: Callable[[sqlite3.Connection], T]) -> T:

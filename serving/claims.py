@@ -98,7 +98,7 @@ def listen(host: str, port: int, *, private: bool = False) -> list[socket.socket
         for family, _, _, _, where in dict.fromkeys(found):
             if sockets and port == 0:
                 break  # a free port of one address may be taken on another
-            # said to be TCP, or asyncio would leave Nagle's algorithm on: 40 ms for each answer with a body of its own packet
+            # named, or asyncio would not set TCP_NODELAY, and each answer wait 40 ms for an acknowledgement
             opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             sockets.append(opened)
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -314,3 +315,20 @@ def test_what_lives_as_long_as_the_process_is_out_of_the_collectors_way(monkeypa
     loop = SimpleNamespace(call_soon_threadsafe=lambda *_: done.append("speaks"))
     process._Server._load(SimpleNamespace(_settings=None, _wiring=None, _loop=loop, _speak=None))  # type: ignore[arg-type]
     assert done == ["loaded", "frozen", "speaks"]
+
+
+def test_an_answer_in_two_pieces_does_not_wait_for_the_first_to_be_acknowledged():
+    [listening] = listen("127.0.0.1", 0)
+
+    async def accept() -> int:
+        told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def meet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            told.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(meet, sock=listening):
+            with socket.create_connection(listening.getsockname()):
+                return await told
+
+    assert asyncio.run(accept()) != 0
