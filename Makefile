@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 PYTHON ?=
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-.PHONY: help up test lint format bench bench-learn bench-serving bench-swaps bench-turns bench-decode soak clean
+.PHONY: help up test lint format bench bench-learn bench-serving bench-swaps bench-turns bench-decode bench-ingest soak clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -31,7 +31,7 @@ format: $(VENV)/.heed-test ## put imports and layout in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-learn bench-serving bench-swaps bench-turns bench-decode ## run the benchmarks (hours; finished parts are kept)
+bench: bench-learn bench-serving bench-swaps bench-turns bench-decode bench-ingest ## run the benchmarks (hours; finished parts are kept)
 
 bench-learn: $(VENV)/.heed-test ## how fast and how well it learns from thumbs (resumable)
 	$(BIN)/python -m benchmarks.learn_live
@@ -47,6 +47,9 @@ bench-turns: $(VENV)/.heed-test ## what the prefix cache is worth to the next tu
 
 bench-decode: $(VENV)/.heed-test ## how near a step comes to the memory's speed (on a GPU: an 8B shape)
 	$(BIN)/python -m benchmarks.decode
+
+bench-ingest: $(VENV)/.heed-test ## how much feedback a second is taken, beside a route that only validates it (KAFKA_LIBS: with Kafka)
+	$(BIN)/python -m benchmarks.ingest
 
 soak: $(VENV)/.heed-test ## the long versions of the tests that kill, cut off and fill up, and of those for leaks
 	HEED_SOAK=1 $(BIN)/python -m pytest -m "" --timeout=7200 tests/test_kill9.py tests/test_log_crash.py \

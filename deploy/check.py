@@ -100,6 +100,13 @@ def log(config: LearnerConfig) -> Iterator[Finding]:
             opened.read(topic, {partition: max(0, offset - 1) for partition, offset in end.items()}, 1)
     finally:
         opened.close()
+    brokers = config.serving.feedback.kafka.kafka_bootstrap
+    if brokers and not any(ends.values()):
+        do = (
+            "Start it, or see HEED_KAFKA_BOOTSTRAP. A server makes the topics; until it can, events wait in its outbox."
+        )
+        yield Finding("log", "fail", f"the Kafka at {', '.join(brokers)} does not answer, or has no topics yet", do)
+        return
     yield Finding("log", "ok", f"readable: {counts}")
 
 
