@@ -60,7 +60,7 @@ def create_app(
     wiring.metrics.watch(lambda: _now(wiring))
     app = FastAPI(title="Heed", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.wiring = wiring
-    app.add_route("/v1/feedback", feedback.give, methods=["POST"])
+    app.add_route(feedback.GIVE, feedback.give, methods=["POST"])
     for module in (chat, feedback, policy, operations):
         app.include_router(module.router)
     if config.admin_token is not None:

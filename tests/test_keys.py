@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.routing import Route
 
 from feedback.config import SettingError
 from feedback.events import Feedback
@@ -180,7 +181,14 @@ def test_every_v1_route_needs_a_key_and_the_others_do_not(keyed: Served):
     parts = keyed.wiring
     app = create_app(parts.config, ids=parts.ids, log=parts.log, board=parts.board, store=parts.store)
     routes = [(path, method) for path, methods in app.openapi()["paths"].items() for method in methods]
-    assert {("/v1/chat/completions", "post"), ("/v1/models", "get"), ("/v1/replies/{reply_id}", "get")} < {*routes}
+    plain = [route for route in app.routes if type(route) is Route]
+    routes += [(route.path, method) for route in plain for method in route.methods or ()]
+    assert {
+        ("/v1/chat/completions", "post"),
+        ("/v1/feedback", "POST"),
+        ("/v1/models", "get"),
+        ("/v1/replies/{reply_id}", "get"),
+    } < {*routes}
     for path, method in [(re.sub("{.*}", "x", path), method) for path, method in routes if path.startswith("/v1")]:
         for headers, says in [
             ({}, "needs an API key"),

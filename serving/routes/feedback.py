@@ -31,6 +31,9 @@ async def _read_and_count(request: Request) -> Said:
         raise
 
 
+GIVE = "/v1/feedback"
+
+
 async def give(request: Request) -> Response:
     """POST /v1/feedback, a route of Starlette's: to have FastAPI resolve what it takes costs as much as all that it does."""
     parts = await wiring_of(request)
