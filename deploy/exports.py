@@ -100,7 +100,8 @@ def _rows(db: sqlite3.Connection, shape: str, plan: Plan) -> Iterator[Json]:
     found = db.execute(
         "SELECT f.id, f.user, f.aspect, f.value, f.at, f.status, f.reason, e.event, o.event"
         " FROM feedback f CROSS JOIN exchanges e ON e.reply_id = f.reply_id"
-        f" LEFT JOIN exchanges o ON o.reply_id = f.other_id WHERE f.kind = ?{counts} ORDER BY f.rowid",
+        " LEFT JOIN exchanges o ON o.reply_id = f.other_id"
+        f" WHERE f.kind = ? AND f.reason IS NOT 'malformed'{counts} ORDER BY f.rowid",
         (KINDS[shape],),
     )
     for feedback_id, user, aspect, value, at, status, reason, first, other in found:

@@ -69,8 +69,12 @@ class KafkaReader:
 
     def _end(self, consumer: KafkaConsumer) -> Offsets:
         names = {partition: name for name, partition in self._partitions.items()}
-        ends = consumer.end_offsets(list(names), timeout_ms=WAIT_MS) if names else {}
-        return {names[partition]: end for partition, end in ends.items()}
+        if not names:
+            return {}
+        ends = consumer.end_offsets(list(names), timeout_ms=WAIT_MS)
+        begins = consumer.beginning_offsets(list(names), timeout_ms=WAIT_MS)
+        # a partition of which retention has left nothing has no end that a reader could come to
+        return {names[partition]: end for partition, end in ends.items() if not 0 < end == begins[partition]}
 
     def _look_up(self, consumer: KafkaConsumer) -> None:
         """Have all the topic's partitions assigned to the consumer. They may become more."""

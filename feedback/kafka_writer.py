@@ -57,7 +57,7 @@ class _Entry(Future[Offset]):
     def success(self, metadata: Any) -> None:
         """Called by kafka-python, in its thread."""
         assert self.flight is not None
-        self.flight.heard = time.monotonic()
+        self.flight.heard, self.flight.acknowledged = time.monotonic(), True
         if self.flight.flying.pop(self, False) is None:
             self.set_result(metadata.offset + 1)
 
@@ -201,13 +201,14 @@ class KafkaWriter:
         if oldest is not None and flight.failure is None and self._late(oldest, flight):
             flight.fail(TimeoutError(f"no acknowledgement within {self._deadline_s:g} s"))
         if flight.failure is None:
-            if self._said and flight.heard:
+            if self._said and flight.acknowledged:
                 self._said = False
                 logger.info("Kafka takes events again")
             return
         self._flight = None
         self._epoch += 1
-        self._limits = None  # the operator may have changed the topics: look again
+        if isinstance(flight.failure, KafkaError):
+            self._limits = None  # the operator may have changed the topics: look again
         flight.give_up()
         self._say(self._why(flight.failure))
 
@@ -245,8 +246,9 @@ class _Flight:
         self._producer = producer
         self.flying: dict[_Entry, None] = {}
         """In the order in which they were sent."""
-        self.heard = 0.0
-        """When an event was last acknowledged (time.monotonic())."""
+        self.heard = time.monotonic()
+        """When an event was last acknowledged, or this began (time.monotonic())."""
+        self.acknowledged = False
         self.failure: BaseException | None = None
 
     def send(self, entry: _Entry) -> None:
@@ -270,11 +272,11 @@ class _Flight:
     def give_up(self) -> None:
         """Tell everyone who waits that nobody knows, and let go of the producer."""
         assert self.failure is not None
-        self.retire(0)
-        self._producer._closed = True  # it has been stopped; close() gives up while it waits for what is lost
         for entry in list(self.flying):
             if self.flying.pop(entry, False) is None:
                 entry.set_exception(_unavailable(str(self.failure), self.failure))
+        self.retire(0)
+        self._producer._closed = True  # it has been stopped; close() gives up while it waits for what is lost
 
     def fail(self, error: BaseException) -> None:
         """Nothing more is to leave: what comes behind a lost event must not overtake it. Any thread may call this."""
@@ -285,7 +287,7 @@ class _Flight:
 
     def retire(self, at_most_s: float) -> None:
         """Close the producer; whether it has kept everything by then, nobody asks any more."""
-        with contextlib.suppress(KafkaError):
+        with contextlib.suppress(Exception):  # whatever it is, the thread that writes goes on
             self._producer.close(at_most_s)
 
 

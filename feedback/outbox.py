@@ -81,7 +81,7 @@ class Outbox:
         return self._log.end(topic)
 
     def waiting(self) -> int:
-        return sum(lane.waiting for lane in self._lanes.values())
+        return sum(lane.waiting + lane.aside for lane in self._lanes.values())
 
     def close(self) -> None:
         self._stop.set()
@@ -118,6 +118,13 @@ class _Lane:
         self._lock = threading.Lock()
         self._flying: dict[int, _Entry] = {}
         self._sent = 0
+        self.aside = 0
+        """Events that the log will not take; tried again by the next process."""
+        self._settled: Offset = 0
+        """Offset in the box up to which all is in the log, whether the disk lets go of it by now or not."""
+        for record in box.read(_refused(topic), {}, BATCH):  # the log may take more than it did
+            box.append(topic, record.key, record.event)
+            box.discard(_refused(topic), record.offset)
         self.waiting, self._bytes = box.held(topic)
         self._ending = False
         self.more = threading.Event()
@@ -145,19 +152,22 @@ class _Lane:
 
     def drain(self) -> int:
         """Bring some of what waits to the log, the oldest first, and say how many. Raises LogUnavailable."""
-        records = self._box.read(self._topic, {}, BATCH)
+        records = self._box.read(self._topic, {self._topic: self._settled}, BATCH)
         line = self._log.line()
         sent = [(record, self._handed_in(line, record)) for record in records]
-        for record, future in sent:
-            if future is not None:
-                try:
-                    future.result()
-                except EventTooLarge as error:
-                    self._refuse(record, error)
-        if records:
-            self._box.discard(self._topic, records[-1].offset)
-        with self._lock:
-            self._forget((record.key, record.event) for record in records)
+        try:
+            for record, future in sent:
+                if future is not None:
+                    try:
+                        future.result()
+                    except EventTooLarge as error:
+                        self._refuse(record, error)
+                self._settled = record.offset
+        finally:  # what is settled does not go again, whatever became of those behind it
+            with self._lock:
+                self._forget((record.key, record.event) for record in records if record.offset <= self._settled)
+            if records and records[0].offset <= self._settled:
+                self._box.discard(self._topic, self._settled)
         return len(records)
 
     def _handed_in(self, line: Line, record: Record) -> Future[Offset] | None:
@@ -170,6 +180,7 @@ class _Lane:
     def _refuse(self, record: Record, error: EventTooLarge) -> None:
         """Set aside what the log will never take, so that it does not keep those behind it."""
         self._box.append(_refused(self._topic), record.key, record.event)
+        self.aside += 1
         logger.error("an event of %s is set aside in the outbox: %s", self._topic, error)
 
     def _answered(self, number: int, sent: Future[Offset]) -> None:

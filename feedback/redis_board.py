@@ -33,12 +33,12 @@ from feedback.quotas import TAKE, Buckets
 from feedback.redis_hints import Hints
 
 TIMEOUT_S = 0.05
-HEAD = 600
-"""Characters of an exchange in which its version stands: what people said comes last."""
-_VERSION = re.compile(r'"version":(\d+)')
 """The longest that anyone waits for an answer, connecting included."""
 CLOSE_S = 1.0
 """How long connections may take to end, and how long a person waits."""
+HEAD = 600
+"""Characters of an exchange in which its version stands: what people said comes last."""
+_VERSION = re.compile(r'"version":(\d+)')
 CONNECTIONS = 16
 BATCH = 100
 """Stories written with one operation: as many as come through in a fraction of TIMEOUT_S."""
@@ -71,6 +71,7 @@ class RedisBoard(Board):
         self._buckets = Buckets()
         self._hints = Hints(self._policy + "hint:")
         self._first: dict[int, float] = {}  # activations, as far as this process knows: Redis may forget them
+        self._repaying: asyncio.Task[dict[int, float]] | None = None
         self._owed = False  # whether Redis has missed some of them
 
     async def place(self, digests: Sequence[bytes]) -> Place | None:
@@ -256,7 +257,7 @@ class RedisBoard(Board):
         self._breaker.answered(wrote)
         if self._owed:
             self._owed = False
-            await self.activations()
+            self._repaying = asyncio.create_task(self.activations())  # not in the time of who asked
         return answer
 
 

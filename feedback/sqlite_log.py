@@ -225,7 +225,7 @@ class _Writer:
         if self._keep == EVERYTHING:
             return False
         try:
-            return any(file.tidy(self._keep) == SLICE for file in self._files.values())
+            return SLICE in [file.tidy(self._keep) for file in self._files.values()]
         except (sqlite3.Error, OSError) as error:
             logger.warning("cannot remove what is not to be kept from the log (%s); trying again in a while", error)
             return False

@@ -175,7 +175,7 @@ def _serve_metrics(config: LearnerConfig, metrics: LearnerMetrics, stack: contex
 def _open_state(config: LearnerConfig, base: str, rebuild: bool, stopping: Stopping) -> State:
     path = config.folder / "state.db"
     if rebuild:
-        remove_state(path)
+        _patiently(lambda: remove_state(path), stopping)
     keep = Keep.of(config.state_keep_days, config.state_keep_mb)
     try:
         return _patiently(lambda: State(path, policy=config.serving.feedback.policy, base=base, keep=keep), stopping)

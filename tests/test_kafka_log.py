@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaAdminClient, KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 
+from feedback import kafka_writer
 from feedback.events import EXCHANGES, FEEDBACK, RELEASES
 from feedback.kafka_log import KafkaLog, client_settings
 from feedback.kafka_topics import MAX_EVENT_BYTES
@@ -151,6 +152,26 @@ def test_what_another_hand_wrote_into_a_topic_is_read_without_harm(kafka: Broker
         ("key", "{}"), ("", "no key"), ("\ufffd", "\ufffd"), ("tombstone", "")
     }  # fmt: skip
     log.close()
+
+
+def test_a_partition_that_retention_has_emptied_is_read_to_its_end(kafka: Broker) -> None:
+    log = kafka_log(kafka, [FEEDBACK])
+    kept = [log.append(FEEDBACK, f"key-{number}", "{}") for number in range(12)]
+    assert len(kept) == 12
+    partitions = [TopicPartition(FEEDBACK, number) for number in range(PARTITIONS)]
+    emptied, shortened, _ = partitions
+    with admin_of(kafka) as admin:
+        admin.delete_records({emptied: -1, shortened: 1})
+    ends = log.end(FEEDBACK)
+    assert f"{FEEDBACK}/{emptied.partition}" not in ends
+    reached: dict[str, int] = {}
+    until(lambda: read_on(log, reached) == ends)
+    log.close()
+
+
+def read_on(log: KafkaLog, reached: dict[str, int]) -> dict[str, int]:
+    reached |= {record.partition: record.offset for record in log.read(FEEDBACK, reached, 100)}
+    return reached
 
 
 # Brokers that die, stall, or are not there
@@ -350,6 +371,20 @@ def test_a_cluster_too_slow_for_the_deadline_fails_and_recovers(open_played: Ope
         log.append(FEEDBACK, "key", "{}")
     mock_kafka.slow_down(0)
     until(lambda: appended(log))
+
+
+def test_a_producer_that_is_slow_to_make_is_not_given_up_at_once(
+    open_played: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = kafka_writer.prepare_topics
+
+    def slowly(*arguments: Any) -> dict[str, int]:
+        time.sleep(0.7)  # more than the deadline
+        return prepare(*arguments)
+
+    monkeypatch.setattr(kafka_writer, "prepare_topics", slowly)
+    log = open_played()
+    assert [log.append(FEEDBACK, "key", "{}") for _ in range(3)] == [1, 2, 3]
 
 
 def test_brokers_that_go_down_and_come_up_leave_no_threads_and_no_files(

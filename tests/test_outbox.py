@@ -205,12 +205,43 @@ def test_what_the_log_will_never_take_is_refused_or_set_aside_and_holds_up_nobod
     assert box.append(FEEDBACK, "key", "y" * (LARGE + 1)) == WAITS  # nobody can say yet
     box.append(FEEDBACK, "key", "last")
     far.away.clear()
-    until(lambda: box.waiting() == 0)
+    until(lambda: box.waiting() == 1)
     assert far.said() == ["first", "last"]
     assert "set aside" in caplog.text
     aside = SqliteLog(tmp_path / "outbox", [])
     assert [len(record.event) for record in aside.read(f"{FEEDBACK}.refused", {}, 10)] == [LARGE + 1]
     aside.close()
+
+
+def test_one_that_the_log_refuses_only_when_it_has_it_does_not_hold_up_those_behind_it(
+    tmp_path: Path, far: FarLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Outbox(far, tmp_path / "outbox", [FEEDBACK], 10**6)
+    far.away.set()
+    for text in ("0", "large", "2", "3"):
+        box.append(FEEDBACK, "key", text)
+    submit = FarLog.submit
+
+    def broker(log: FarLog, topic: str, key: str, event: str, epoch: int | None = None) -> Future[Offset]:
+        """As Kafka: what is too large fails late, and with it what is behind it on the same line."""
+        if event == "large":
+            log.epoch += 1
+            refused: Future[Offset] = Future()
+            refused.set_exception(EventTooLarge("too large"))
+            return refused
+        return submit(log, topic, key, event, epoch)
+
+    monkeypatch.setattr(FarLog, "submit", broker)
+    far.away.clear()
+    until(lambda: box.waiting() == 1)  # it is set aside, and counted
+    assert far.said() == ["0", "2", "3"]
+    box.close()
+    monkeypatch.undo()
+    again = FarLog(tmp_path / "log")  # the topic takes larger ones now
+    box = Outbox(again, tmp_path / "outbox", [FEEDBACK], 10**6)
+    until(lambda: box.waiting() == 0)
+    assert again.said() == ["0", "2", "3", "large"]
+    box.close()
 
 
 def test_a_log_that_is_away_while_the_process_ends_costs_nothing(tmp_path: Path, far: FarLog) -> None:

@@ -11,8 +11,8 @@ from fastapi import Depends
 
 from feedback.board import WORK_HINT, Receipt, Story
 from feedback.events import FEEDBACK, Feedback, FeedbackContent, Retraction
-from feedback.log import LogUnavailable
-from serving.errors import Conflict, HeedError, NotStored, Unavailable, UnknownReply, Unprocessable
+from feedback.log import EventTooLarge, LogUnavailable
+from serving.errors import Conflict, HeedError, NotStored, TooLarge, Unavailable, UnknownReply, Unprocessable
 from serving.metrics import role_of
 from serving.routes.wiring import Client, Parts, Wiring
 from serving.schemas import Comment, Correction, Preference, Ranking, Rating, Said, Signal, Thumb
@@ -32,6 +32,7 @@ _OUTCOMES: Mapping[type[HeedError], str] = {
     UnknownReply: "unknown_reply",
     Conflict: "conflict",
     Unavailable: "unavailable",
+    TooLarge: "malformed",
     Unprocessable: "malformed",
 }
 
@@ -138,6 +139,8 @@ class Intake:
         try:
             future = self._parts.log.submit(FEEDBACK, key, event)
             await self._parts.inbox.answer(future, LOG_WAIT_S)
+        except EventTooLarge as error:
+            raise TooLarge(f"The feedback cannot be kept: {error}.") from error
         except LogUnavailable as error:
             raise Unavailable(
                 f"The feedback was not kept: {error}. Send it again with the same id.",
