@@ -45,8 +45,9 @@ async def give(request: Request) -> Response:
 
 
 @router.get("/v1/feedback/{feedback_id}")
-async def story(feedback_id: str, client: Asking, parts: Parts) -> Json:
+async def story(feedback_id: str, client: Asking, parts: Parts, log: FeedbackLog) -> Json:
     parts.ids.verify_feedback(feedback_id, client.key)
+    await log.shown(feedback_id)
     steps = await parts.board.story(feedback_id)
     receipt = await parts.board.receipt(feedback_id)
     return {

@@ -60,6 +60,7 @@ class Intake:
     async def retract(self, feedback_id: str, client: Client) -> None:
         """Note in the log that this feedback stops counting. Raises UnknownFeedback, Unavailable."""
         self._parts.ids.verify_feedback(feedback_id, client.key)
+        await self.shown(feedback_id)
         board, now = self._parts.board, time.time()
         if any(step.status == "retracted" for step in await board.story(feedback_id)):
             return
@@ -116,7 +117,13 @@ class Intake:
         unshown = self._parts.unshown
         unshown.append((said, event))
         if len(unshown) == 1:
-            self._parts.go_on(self._show())
+            self._parts.showing = self._parts.go_on(self._show())
+
+    async def shown(self, feedback_id: str) -> None:
+        """Wait until the board knows of feedback that this server has just accepted."""
+        showing = self._parts.showing
+        if showing is not None and any(event.id == feedback_id for _, event in self._parts.unshown):
+            await asyncio.shield(showing)
 
     async def _show(self) -> None:
         """Tell the board what the log has kept, count what people think, and tell the learner that there is work."""

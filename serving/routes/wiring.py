@@ -73,6 +73,8 @@ class Wiring:
     """Feedback ids on their way into the log, with the digest of their body: two posts at once make one event."""
     unshown: list[tuple[Said, Feedback]] = field(default_factory=list)
     """Feedback that the log has kept, and the board is to be told of."""
+    showing: asyncio.Task[None] | None = None
+    """Tells the board of it."""
     hinted: float = 0.0
     """When the learner was last told of feedback (time.monotonic())."""
     dropped: deque[str] = field(default_factory=lambda: deque(maxlen=DROPPED))
@@ -87,11 +89,12 @@ class Wiring:
         """True when a chat sent now would be answered, and a next one too."""
         return self.speaker is not None and not self.draining
 
-    def go_on(self, work: Coroutine[None, None, None]) -> None:
+    def go_on(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run `work` to its end whatever becomes of the request."""
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     def go_on_in_loop(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         """`go_on`, for other threads than the server's; waits for nothing. Raises RuntimeError once the server is gone."""
