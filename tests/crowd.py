@@ -17,7 +17,7 @@ from learner.state import State
 from tests.house import House, until
 
 CHAT, FEEDBACK = "/v1/chat/completions", "/v1/feedback"
-ANSWER_S = 120.0
+ANSWER_S = 60.0
 """Who has no answer after so long takes it that there will be none: the server's own waits end after 30 s, and a virtual
 machine may stand still for a minute."""
 GOT_ON = ("joined", "in_reward_model", "in_update", "in_version", "served")

@@ -55,7 +55,7 @@ def serve(tmp_path: Path, model_folder: Path) -> Iterator[Serve]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("exchanges", [1000, pytest.param(20_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("exchanges", [500, pytest.param(20_000, marks=pytest.mark.soak)])
 def test_it_stays_flat_with_everything_in_one_folder(serve: Serve, exchanges: int):
     stays_flat(*serve(), exchanges)
 
