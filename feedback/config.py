@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,16 @@ class KafkaConfig(Settings):
     kafka_ssl_certfile: Path | None = Field(None, description="file of our own certificate for Kafka")
     kafka_ssl_keyfile: Path | None = Field(None, description="file of that certificate's key")
     kafka_ssl_password: str | None = Field(None, min_length=1, repr=False, description="password of that key")
+
+    @field_validator("kafka_bootstrap")
+    @classmethod
+    def _brokers(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if all(_BROKER.fullmatch(broker) and int(broker.rpartition(":")[2]) <= 65535 for broker in value or ()):
+            return value
+        raise ValueError("must be host:port, or several of them separated by commas, with ports from 1 to 65535")
+
+
+_BROKER = re.compile(r"([^\s:/\[\]]+|\[[0-9a-fA-F:.]+\]):[1-9][0-9]{0,4}")
 
 
 class FeedbackConfig(Settings):

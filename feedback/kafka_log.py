@@ -57,6 +57,10 @@ class KafkaLog:
     def end(self, topic: str) -> Offsets:
         return self._reader(topic).end()
 
+    def away(self) -> bool:
+        with self._lock:
+            return any(reader.away for reader in self._readers.values())
+
     def waiting(self) -> int:
         return 0
 

@@ -36,7 +36,8 @@ class KafkaReader:
         """The topic's partitions by name, as they were when last looked up."""
         self._looked_up = 0.0
         self._away_until = 0.0
-        self._said = False
+        self.away = False
+        """Whether nobody answered when last asked."""
         self._lock = threading.Lock()
 
     def read(self, after: Offsets, max_events: int) -> list[Record]:
@@ -103,14 +104,14 @@ class KafkaReader:
             consumer = self._opened()
             self._look_up(consumer)
             answer = question(consumer)
-        except (KafkaError, OSError) as error:
+        except (KafkaError, OSError, ValueError) as error:
             self._drop()
             self._away_until = time.monotonic() + AWAY_S
-            if not self._said:
+            if not self.away:
                 logger.warning("cannot read Kafka's topic %s (%s); trying again", self._topic, error)
-            self._said = True
+            self.away = True
             return None
-        self._said = False
+        self.away = False
         return answer
 
     def _opened(self) -> KafkaConsumer:

@@ -83,6 +83,10 @@ class Log(Line, Protocol):
         """
         ...
 
+    def away(self) -> bool:
+        """Whether nobody answered the last `read` or `end`: what they gave then says nothing of what is there."""
+        ...
+
     def waiting(self) -> int:
         """How many events wait in this process's outbox for a log that is away."""
         ...

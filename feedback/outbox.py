@@ -80,6 +80,9 @@ class Outbox:
     def end(self, topic: str) -> Offsets:
         return self._log.end(topic)
 
+    def away(self) -> bool:
+        return self._log.away()
+
     def waiting(self) -> int:
         return sum(lane.waiting + lane.aside for lane in self._lanes.values())
 

@@ -87,6 +87,10 @@ class SqliteLog:
         while writer.discard(topic, through) == SLICE:
             pass
 
+    def away(self) -> bool:
+        with self._lock:
+            return any(reader.waiting for reader in self._readers.values())
+
     def waiting(self) -> int:
         return 0
 
@@ -115,7 +119,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._db: sqlite3.Connection | None = None
-        self._waiting = False
+        self.waiting = False
         self._lock = threading.Lock()
 
     def select(self, sql: str, values: sqlite_file.Row) -> list[sqlite_file.Row]:
@@ -127,11 +131,11 @@ class _Reader:
                 self._drop()  # opened again by the next read: what this connection knows may be stale
                 if sqlite_file.code(error) in sqlite_file.BROKEN:
                     raise LogUnavailable(f"cannot read the log {self._path}: {error}") from error
-                if not self._waiting:
+                if not self.waiting:
                     logger.warning("cannot read the log %s yet (%s); trying again", self._path, error)
-                self._waiting = True
+                self.waiting = True
                 return []
-            self._waiting = False
+            self.waiting = False
             return rows
 
     def close(self) -> None:

@@ -109,7 +109,7 @@ class Learner:
             self.notices.recovered()
             wait_s = POLL_S
             if not busy:
-                if until_idle:
+                if until_idle and not self.intake.log.away():
                     return
                 if self.board.wait_for_work(POLL_S):
                     self.stopping.wait(GATHER_S)

@@ -17,9 +17,9 @@ from typing import TypeVar
 from prometheus_client import disable_created_metrics
 
 from feedback.board import open_board
-from feedback.events import RELEASES
+from feedback.events import EXCHANGES, RELEASES
 from feedback.keeping import Keep
-from feedback.log import LogUnavailable, open_log
+from feedback.log import Log, LogUnavailable, open_log
 from learner.board import LearnersBoard
 from learner.config import LearnerConfig
 from learner.metrics import LearnerMetrics, MetricsServer
@@ -95,6 +95,8 @@ def _learn(
         trainer = Trainer(config)
     except ModelError as error:
         raise _Refused(str(error), Exit.MODEL) from error
+    if rebuild:
+        _patiently(lambda: _must_answer(log), stopping)  # else there would be nothing to make the state anew from
     state = _open_state(config, trainer.base.fingerprint, rebuild, stopping)
     stack.callback(state.close)
     store = AdapterStore(config.serving.adapter_root, policy)
@@ -181,6 +183,13 @@ def _open_state(config: LearnerConfig, base: str, rebuild: bool, stopping: Stopp
         return _patiently(lambda: State(path, policy=config.serving.feedback.policy, base=base, keep=keep), stopping)
     except StateError as error:
         raise _Refused(str(error), Exit.FAILED) from error
+
+
+def _must_answer(log: Log) -> None:
+    """Raises LogUnavailable while the log cannot be reached."""
+    log.end(EXCHANGES)
+    if log.away():
+        raise LogUnavailable("the log does not answer, and the state is to be made anew from it")
 
 
 def _patiently(opening: Callable[[], T], stopping: Stopping) -> T:

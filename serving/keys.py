@@ -9,6 +9,7 @@ The name of the key, never the key, is what ids, callers and messages carry.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import re
@@ -47,7 +48,7 @@ class Keys:
         self._problem: str | None = None
         """What is wrong with the file now, while the keys it held before are in force."""
         try:
-            self._text = path.read_bytes()
+            self._text = _read(path)
             self._keys = parse_keys(self._text)
             if not self._keys:
                 raise ValueError('holds no key; it needs a table for each: [name], below it sha256 = "…"')
@@ -82,7 +83,7 @@ class Keys:
             return
         self._looked = now
         try:
-            text = self._path.read_bytes()
+            text = _read(self._path)
             if text != self._text:
                 self._keys = parse_keys(text)
                 self._text = text
@@ -100,8 +101,12 @@ def parse_keys(text: bytes) -> dict[bytes, Key]:
 
     Raises ValueError, which says what is wrong and what is allowed, and repeats no value.
     """
+    try:
+        tables = tomllib.loads(text.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply to be a list of keys") from None
     found: dict[bytes, Key] = {}
-    for name, table in tomllib.loads(text.decode()).items():
+    for name, table in tables.items():
         if not isinstance(table, dict):
             raise ValueError('a line stands outside of all tables; a key is a table: [name], below it sha256 = "…"')
         if not _NAME.fullmatch(name):
@@ -135,6 +140,13 @@ def _quota(name: str, given: object) -> int | None:
     if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MAX_QUOTA:
         raise ValueError(f"[{name}] quota must be a whole number from 1 to {MAX_QUOTA}, requests a minute")
     return given
+
+
+def _read(path: Path) -> bytes:
+    """Raises OSError, also for what is no plain file, which might never be read to its end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is no plain file")
+    return path.read_bytes()
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -117,6 +117,9 @@ class TroubledLog:
     def end(self, topic: str) -> Offsets:
         return self._log.end(topic)
 
+    def away(self) -> bool:
+        return self._log.away()
+
     def waiting(self) -> int:
         return self._log.waiting()
 

@@ -294,3 +294,16 @@ def test_every_setting_of_ours_is_described_with_bounds_in_words() -> None:
         assert not doc.description.endswith(".")
         assert doc.description[0].islower()
     assert allowed(FeedbackConfig.model_fields["secret"]) == "text of at least 16 characters (or not set)"
+
+
+@pytest.mark.parametrize(
+    "wrong", ["broker", "broker:port", ":9092", "broker:99999", "http://broker:9092", "broker:-1", "a:1, b"]
+)
+def test_brokers_are_named_with_their_ports(wrong: str) -> None:
+    with pytest.raises(SettingError, match=r"HEED_KAFKA_BOOTSTRAP.*must be host:port, or several"):
+        load(FeedbackConfig, environ={"HEED_KAFKA_BOOTSTRAP": wrong}, toml=None, flags={})
+
+
+def test_several_brokers_are_separated_by_commas() -> None:
+    made = load(FeedbackConfig, environ={"HEED_KAFKA_BOOTSTRAP": "a:1, [::1]:9092,b.c:65535"}, toml=None, flags={})
+    assert made.kafka.kafka_bootstrap == ("a:1", "[::1]:9092", "b.c:65535")

@@ -282,3 +282,10 @@ def test_values_are_counted_for_the_role_of_the_version_that_spoke(server: Serve
         server.publish(number)
         give(server, kind="rating", reply_id=current, value=5)
         server.until(lambda role=role: counted("rating", "5", role) == 1)
+
+
+def test_posts_of_feedback_are_counted_under_their_own_route(server: Served):
+    give(server, kind="thumb", reply_id=reply(server), value="up")
+    assert server.http.put("/v1/feedback").status_code == 405
+    assert server.metric("heed_requests_total", route="/v1/feedback", status="202") == 1
+    assert server.metric("heed_requests_total", route="/v1/feedback", status="405") == 1

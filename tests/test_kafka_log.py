@@ -231,6 +231,7 @@ def test_nothing_blocks_while_there_is_no_broker_at_all() -> None:
     with took(at_most=3):
         assert log.read(FEEDBACK, {}, 10) == []
         assert log.end(FEEDBACK) == {}
+        assert log.away()
     with took(at_most=0.05):  # it counts as away for a while
         assert log.end(FEEDBACK) == {}
     with took(at_most=6):

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import HeedError, TooLarge
+from serving.routes.feedback import GIVE
 from serving.routes.wiring import Wiring
 from serving.schemas import MAX_BODY_BYTES
 
@@ -51,7 +52,12 @@ class Door:
             failed = HeedError("The server failed on this request; its log says how. Trying again may help.")
             await JSONResponse(failed.body(), failed.status)(scope, receive, answer)
         finally:
-            route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "other"
+            # the one route that is not FastAPI's own is not named in the scope
+            route = (
+                GIVE
+                if scope["path"] == GIVE
+                else getattr(scope.get("route"), "path", "") or scope.get("root_path") or "other"
+            )
             self._parts.metrics.answered(route, status, time.monotonic() - began)
 
 
