@@ -28,7 +28,9 @@ from feedback.sqlite_log import SqliteLog
 from learner.metrics import LearnerMetrics, MetricsServer
 from learner.report import feedback_counts
 from learner.state import State
+from learner.statefile import open_state
 from serving.adapters import AdapterStore
+from tests.broker import free_port
 from tests.told import BASE, exchange, feedback, retraction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -321,3 +323,17 @@ def test_the_metrics_server_answers_two_questions():
         assert get(server.port, "/")[0] == 404
     finally:
         server.close()
+
+
+@pytest.mark.parametrize("arguments", [("until_idle",), ("until_idle", "rebuild")])
+def test_while_its_kafka_is_away_nothing_counts_as_idle_and_no_state_is_thrown_away(
+    start: Start, tmp_path: Path, arguments: tuple[str, ...]
+):
+    state = tmp_path / "learner" / "state.db"
+    open_state(state).close()
+    before = state.stat().st_ino
+    learner = start(*arguments, kafka_bootstrap=f"127.0.0.1:{free_port()}")
+    learner.wait_for("the log does not answer" if "rebuild" in arguments else "cannot read Kafka's topic")
+    time.sleep(2)
+    assert learner.process.poll() is None
+    assert state.stat().st_ino == before

@@ -53,11 +53,8 @@ class Door:
             await JSONResponse(failed.body(), failed.status)(scope, receive, answer)
         finally:
             # the one route that is not FastAPI's own is not named in the scope
-            route = (
-                GIVE
-                if scope["path"] == GIVE
-                else getattr(scope.get("route"), "path", "") or scope.get("root_path") or "other"
-            )
+            plain = GIVE if scope["path"] == GIVE else ""
+            route = plain or getattr(scope.get("route"), "path", "") or scope.get("root_path") or "other"
             self._parts.metrics.answered(route, status, time.monotonic() - began)
 
 
