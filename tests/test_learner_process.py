@@ -30,7 +30,6 @@ from learner.report import feedback_counts
 from learner.state import State
 from learner.statefile import open_state
 from serving.adapters import AdapterStore
-from tests.broker import free_port
 from tests.told import BASE, exchange, feedback, retraction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -332,7 +331,7 @@ def test_while_its_kafka_is_away_nothing_counts_as_idle_and_no_state_is_thrown_a
     state = tmp_path / "learner" / "state.db"
     open_state(state).close()
     before = state.stat().st_ino
-    learner = start(*arguments, kafka_bootstrap=f"127.0.0.1:{free_port()}")
+    learner = start(*arguments, kafka_bootstrap=f"127.0.0.1:{free_port("127.0.0.1")}")
     learner.wait_for("the log does not answer" if "rebuild" in arguments else "cannot read Kafka's topic")
     time.sleep(2)
     assert learner.process.poll() is None
