@@ -331,7 +331,8 @@ def test_while_its_kafka_is_away_nothing_counts_as_idle_and_no_state_is_thrown_a
     state = tmp_path / "learner" / "state.db"
     open_state(state).close()
     before = state.stat().st_ino
-    learner = start(*arguments, kafka_bootstrap=f"127.0.0.1:{free_port("127.0.0.1")}")
+    nobody = free_port("127.0.0.1")
+    learner = start(*arguments, kafka_bootstrap=f"127.0.0.1:{nobody}")
     learner.wait_for("the log does not answer" if "rebuild" in arguments else "cannot read Kafka's topic")
     time.sleep(2)
     assert learner.process.poll() is None
