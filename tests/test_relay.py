@@ -58,7 +58,7 @@ def test_a_cut_resets_every_connection_until_it_is_healed(relay: Relay):
         relay.cut()
         with pytest.raises(ConnectionResetError):
             one.recv(100)
-    with call(relay) as one, pytest.raises(ConnectionError):
+    with pytest.raises(ConnectionError), call(relay) as one:
         said_back(one, b"hello")
     relay.heal()
     with call(relay) as one:

@@ -265,10 +265,10 @@ def test_whatever_goes_wrong_within_a_batch_fails_that_batch_alone(
 ) -> None:
     insert = sqlite_topic._insert
 
-    def refuse(db: sqlite3.Connection, entry: sqlite_topic.Entry) -> int:
-        if entry.key == "cursed":
+    def refuse(db: sqlite3.Connection, entries: list[sqlite_topic.Entry]) -> list[int]:
+        if any(entry.key == "cursed" for entry in entries):
             raise MemoryError("no room to think")
-        return insert(db, entry)
+        return insert(db, entries)
 
     monkeypatch.setattr(sqlite_topic, "_insert", refuse)
     assert log.append(FEEDBACK, "key", "{}") == 1
