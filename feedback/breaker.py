@@ -64,6 +64,8 @@ class Breaker:
         self._probing = False
 
     def _is_there(self) -> None:
+        if self._away_until is not None and not self._probing:
+            return  # an answer to what was asked before it went: whether it is back, the one that asks now will tell
         if self._away_until is not None:
             _log.info("%s is back", self._name)
         self._failures, self._away_until, self._probing = 0, None, False

@@ -89,3 +89,19 @@ def test_one_that_refuses_is_asked_on_and_is_well_once_it_keeps_things_again(
     assert caplog.messages == ["It refuses what it is asked for (full): going on without"]
     breaker.answered(wrote=True)
     assert caplog.messages[1:] == ["It refuses nothing any more"]
+
+
+def test_an_answer_to_what_was_asked_before_it_went_does_not_bring_it_back(
+    breaker: Breaker, clock: Clock, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    assert breaker.may_ask()  # and this one is slow
+    for _ in range(FAILURES):
+        breaker.failed(OSError("gone"))
+    breaker.answered(wrote=False)
+    assert not breaker.may_ask()
+    clock.now += REST_S
+    assert breaker.may_ask()
+    breaker.answered(wrote=False)
+    assert breaker.may_ask()
+    assert [line.partition(" (")[0] for line in caplog.messages] == ["It is away", "It is back"]
