@@ -115,7 +115,8 @@ class FeedbackConfig(Settings):
         1000,
         ge=1,
         le=1_000_000,
-        description="events of at most so many megabytes wait in the data folder while Kafka is away; then feedback is "
+        description="so many megabytes of exchanges, and as many of feedback, may wait in the data folder while Kafka is "
+        "away; then feedback is "
         "refused, and exchanges are not kept",
     )
     log_keep_days: float = Field(

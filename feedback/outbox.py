@@ -12,6 +12,7 @@ who read the log know events by their ids.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Collection, Iterable
@@ -49,12 +50,12 @@ class Outbox:
         """`max_bytes` may wait for each topic. Raises LogUnavailable where another process has the folder."""
         self._log = log
         refused = [_refused(topic) for topic in writes]
-        try:
+        with contextlib.ExitStack() as opened:
+            opened.callback(log.close)
             self._box = SqliteLog(folder, [*writes, *refused])
-        except LogUnavailable:
-            log.close()
-            raise
-        self._lanes = {topic: _Lane(topic, log, self._box, max_bytes) for topic in writes}
+            opened.callback(self._box.close)
+            self._lanes = {topic: _Lane(topic, log, self._box, max_bytes) for topic in writes}
+            opened.pop_all()
         self._stop = threading.Event()
         self._drains = [
             threading.Thread(target=self._drain, args=(lane,), name=f"heed-outbox-{topic}", daemon=True)
@@ -160,11 +161,10 @@ class _Lane:
         sent = [(record, self._handed_in(line, record)) for record in records]
         try:
             for record, future in sent:
-                if future is not None:
-                    try:
-                        future.result()
-                    except EventTooLarge as error:
-                        self._refuse(record, error)
+                try:
+                    future.result()
+                except EventTooLarge as error:
+                    self._refuse(record, error)
                 self._settled = record.offset
         finally:  # what is settled does not go again, whatever became of those behind it
             with self._lock:
@@ -173,12 +173,13 @@ class _Lane:
                 self._box.discard(self._topic, self._settled)
         return len(records)
 
-    def _handed_in(self, line: Line, record: Record) -> Future[Offset] | None:
+    def _handed_in(self, line: Line, record: Record) -> Future[Offset]:
         try:
             return line.submit(self._topic, record.key, record.event)
-        except EventTooLarge as error:
-            self._refuse(record, error)
-            return None
+        except EventTooLarge as error:  # its turn to be set aside comes when those before it are settled
+            refused: Future[Offset] = Future()
+            refused.set_exception(error)
+            return refused
 
     def _refuse(self, record: Record, error: EventTooLarge) -> None:
         """Set aside what the log will never take, so that it does not keep those behind it."""

@@ -208,6 +208,8 @@ class RedisBoard(Board):
     async def close(self) -> None:
         with contextlib.suppress(TimeoutError, RedisError, OSError):
             async with asyncio.timeout(CLOSE_S):
+                if self._repaying is not None:
+                    await self._repaying
                 await self._hints.close()
                 await self._redis.aclose()
 

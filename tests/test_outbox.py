@@ -213,6 +213,20 @@ def test_what_the_log_will_never_take_is_refused_or_set_aside_and_holds_up_nobod
     aside.close()
 
 
+def test_one_that_the_log_will_not_take_is_set_aside_once_however_long_the_log_is_away(
+    box: Outbox, far: FarLog
+) -> None:
+    far.away.set()
+    box.append(FEEDBACK, "key", "first")
+    box.append(FEEDBACK, "key", "y" * (LARGE + 1))
+    tried = far.handed_in
+    until(lambda: far.handed_in > tried + 6)  # the drain has come again and again
+    assert box.waiting() == 2
+    far.away.clear()
+    until(lambda: box.waiting() == 1)
+    assert far.said() == ["first"]
+
+
 def test_one_that_the_log_refuses_only_when_it_has_it_does_not_hold_up_those_behind_it(
     tmp_path: Path, far: FarLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
