@@ -28,6 +28,7 @@ from benchmarks.load import quantile
 from feedback.config import FeedbackConfig, KafkaConfig
 from feedback.events import FEEDBACK
 from feedback.kafka_log import KafkaLog
+from feedback.kafka_writer import BATCH_BYTES, LINGER_MS, REQUESTS
 from serving.ids import Ids, load_secret
 from tests.broker import Broker, broker, free_port, why_not
 
@@ -165,8 +166,8 @@ def beside_the_producer(one: Broker, rounds: int, events: int = 20_000) -> None:
     log = KafkaLog(FeedbackConfig(kafka=kafka), [FEEDBACK])
     event = "x" * EVENT_BYTES
     producer = KafkaProducer(
-        bootstrap_servers=one.bootstrap, acks="all", enable_idempotence=True, compression_type="lz4", linger_ms=2,
-        batch_size=256 * 2**10, metrics_enabled=False,
+        bootstrap_servers=one.bootstrap, acks="all", enable_idempotence=True, compression_type="lz4", linger_ms=LINGER_MS,
+        batch_size=BATCH_BYTES, max_in_flight_requests_per_connection=REQUESTS, metrics_enabled=False,
     )  # fmt: skip
 
     def by_log() -> None:

@@ -45,7 +45,7 @@ class KafkaConfig(Settings):
         description="the brokers, host:port, of the Kafka that keeps the log; none: it is kept in the data folder",
     )
     kafka_partitions: int = Field(
-        6,
+        3,
         ge=1,
         le=1000,
         description="partitions that the topics of exchanges and feedback are made with where they are missing",

@@ -15,9 +15,11 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from kafka.partitioner import Partitioner
 
 from feedback.config import FeedbackConfig
 from feedback.kafka_topics import MAX_EVENT_BYTES, prepare_topics
@@ -32,13 +34,25 @@ CROWD = 4
 """Where more than a few came together, the next are let gather: a batch costs kafka-python more than an event in it."""
 GREAT_CROWD = 200
 """So many need not wait for more."""
-LINGER_MS = 5
+LINGER_MS = 0
+"""They have gathered here: to let kafka-python wait as well only leaves the processor idle."""
+REQUESTS = 1
+"""On their way at a time: what comes meanwhile makes a larger batch of the next."""
 BATCH_BYTES = 256 * 2**10
 PATIENCE = 4
 """Deadlines that an event may wait while others get on."""
 OVERHEAD = 200
 """Bytes that Kafka adds to an event at most."""
 _TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
+
+
+class _ByChecksum(Partitioner):  # type: ignore[misc]  # kafka-python has no types
+    """Keys to partitions by CRC-32, as librdkafka's clients do: kafka-python's own hash is computed byte by byte in Python."""
+
+    def partition(
+        self, topic: str, _key: Any, serialized_key: bytes, _value: Any, _serialized_value: Any, cluster: Any
+    ) -> int:
+        return crc32(serialized_key) % len(cluster.partitions_for_topic(topic))
 
 
 class _Entry(Future[Offset]):
@@ -53,6 +67,9 @@ class _Entry(Future[Offset]):
         self.event = event
         self.at = time.monotonic()
         self.flight: _Flight | None = None
+
+    def cancel(self) -> bool:
+        return False  # it will be kept
 
     def success(self, metadata: Any) -> None:
         """Called by kafka-python, in its thread."""
@@ -103,7 +120,6 @@ class KafkaWriter:
         size, most = len(entry.event) + len(entry.key) + OVERHEAD, (self._limits or {}).get(topic, MAX_EVENT_BYTES)
         if size > most:
             raise EventTooLarge(f"an event of {size} bytes is larger than Kafka's topic {topic} takes ({most})")
-        entry.set_running_or_notify_cancel()  # from here on it cannot be cancelled: it will be kept
         with self._closing:
             if self._closed:
                 raise LogUnavailable(f"the log is closed: the event for {topic} was not kept")
@@ -182,6 +198,8 @@ class KafkaWriter:
                 enable_idempotence=True,
                 compression_type="lz4",
                 linger_ms=LINGER_MS,
+                max_in_flight_requests_per_connection=REQUESTS,
+                partitioner=_ByChecksum(),
                 batch_size=BATCH_BYTES,
                 max_request_size=MAX_EVENT_BYTES,
                 metrics_enabled=False,
