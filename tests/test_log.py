@@ -152,11 +152,13 @@ def test_every_partition_s_offsets_grow_without_gaps(log: Log) -> None:
 
 
 def test_an_event_is_kept_though_nobody_waits_for_it_any_more(log: Log) -> None:
+    handed_in = log.submit(FEEDBACK, "key", "{}")
+
     async def give_up() -> None:
-        waiting = asyncio.wrap_future(log.submit(FEEDBACK, "key", "{}"))
-        waiting.cancel()
+        asyncio.wrap_future(handed_in).cancel()
 
     asyncio.run(give_up())
+    assert not handed_in.cancelled()
     log.append(FEEDBACK, "key", "{}")
     assert sum(log.end(FEEDBACK).values()) == 2
 
