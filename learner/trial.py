@@ -72,7 +72,7 @@ def run_cell(
     Raises ValueError for a taste or an objective that is not known.
     """
     before_mb, liked = memory_mb("VmRSS"), taste(wanted)
-    config = LearnerConfig.model_validate({**dict(config or LearnerConfig()), "seed": seed})
+    config = LearnerConfig.model_validate({**dict(config or LearnerConfig()), "objective": objective, "seed": seed})
     trainer, halves = Trainer(config), Halves.of(config.serving.model)
     judgements = feedback(trainer, halves.seen, crowd(liked, RATERS, noise=noise, seed=seed), count, seed, kind)
     prompts = list(dict.fromkeys(one.reply.prompt_ids for one in judgements))
