@@ -131,7 +131,7 @@ def test_4_the_gradient_does_not_depend_on_the_micro_batches(name: str, micro_to
 
 
 def test_where_nothing_has_moved_yet_all_that_weigh_tokens_alike_agree() -> None:
-    """At ρ = 1 PPO's and A2C's gradients are REINFORCE's, with λ = 1 where their advantages are the same; with λ = 0.95 they are not."""
+    """At ρ = 1 the gradients of PPO and A2C with λ = 1 are those of REINFORCE; with λ = 0.95 they are not."""
     expected = gradients("reinforce")
     assert far(expected, gradients("ppo", lam=1.0)) < 1e-5
     assert far(expected, gradients("a2c", lam=1.0)) < 1e-5
