@@ -35,7 +35,7 @@ from torch import Tensor
 from deploy.client import Client, Reply
 from deploy.local import answers as is_there
 from feedback.raters import crowd, taste
-from learner import corpus
+from learner.trial import quality as shares
 from serving.model import find_model
 
 HERE = Path(__file__).resolve().parent
@@ -235,18 +235,8 @@ async def ids_of(client: Client, reply: Reply) -> tuple[list[int], list[int]]:
 
 def quality(replies: Sequence[Reply], name: str) -> Json:
     """Shares satisfied, right in fact (where there is a fact), both, and well-formed; and mean reply tokens."""
-    wanted = taste(name)
-    judged = [(reply, corpus.judge(reply.prompt, reply.text)) for reply in replies]
-    facts = [(reply, found.fact_right) for reply, found in judged if found.fact_right is not None]
-    return {
-        "satisfied": statistics.fmean(wanted(reply.prompt, reply.text) for reply in replies),
-        "facts": statistics.fmean(right for _, right in facts) if facts else None,
-        "both": statistics.fmean(right and wanted(reply.prompt, reply.text) for reply, right in facts)
-        if facts
-        else None,
-        "well_formed": statistics.fmean(found.well_formed for _, found in judged),
-        "tokens": statistics.fmean(reply.tokens or 0 for reply in replies),
-    }
+    said = [(reply.prompt, reply.text) for reply in replies]
+    return {**shares(said, taste(name)), "tokens": statistics.fmean(reply.tokens or 0 for reply in replies)}
 
 
 @torch.inference_mode()

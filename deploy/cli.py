@@ -24,6 +24,8 @@ adapters = typer.Typer(name="adapters", help="The versions in the adapter store,
 app.add_typer(adapters, no_args_is_help=True)
 judgements = typer.Typer(name="feedback", help="What people said: brought in, taken out, and the story of one.")
 app.add_typer(judgements, no_args_is_help=True)
+benches = typer.Typer(name="bench", help="What the parts are worth, measured on simulated feedback.")
+app.add_typer(benches, no_args_is_help=True)
 
 Data = Annotated[Path | None, typer.Option(help="Folder of everything Heed keeps. (HEED_DATA, else heed-data)")]
 Port = Annotated[int | None, typer.Option(help="TCP port of chat, feedback and page. (HEED_PORT, else 8000)")]
@@ -175,6 +177,33 @@ def pretrain(
         run(out, seed=seed, corpus_files=corpus or None)
     except (ValueError, FileExistsError) as error:
         raise NotDone(str(error)) from error
+
+
+@benches.command("learn")
+def bench_learn(
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(help="ppo, a2c, reinforce, rloo, kto, dpo or sft; may be repeated. (HEED_OBJECTIVE, else ppo)"),
+    ] = None,
+    rater: Annotated[
+        list[str] | None, typer.Option(help="What people like, as in heed simulate; may be repeated. (emoji)")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Judgements of a run.")] = 300,
+    kind: Annotated[str, typer.Option(help="How they judge: thumb or preference.")] = "thumb",
+    noise: Annotated[float, typer.Option(min=0, max=1, help="Share of their judgements that is wrong.")] = 0.1,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="The same seed: the same feedback; may be repeated. (0)")
+    ] = None,
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="File to which each run adds a line of JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Objectives side by side: what each makes of the same simulated feedback, judged on prompts that got none."""
+    from deploy.bench import Plan, run
+
+    config = settings(model=model)
+    plan = Plan(objective or [config.objective], rater or ["emoji"], count, noise, seed or [0], kind, out)
+    run(plan, config, Console(stderr=as_json), as_json)
 
 
 @adapters.command("list")

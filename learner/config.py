@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -63,9 +64,23 @@ class LearnerConfig(Settings):
         le=100,
         description="KL to the reference at which an update ends, nats a reply; the gate says no from a quarter above it",
     )
+    objective: Literal["ppo", "a2c", "reinforce", "rloo", "kto", "dpo", "sft"] = Field(
+        "ppo",
+        description="what the policy learns by: the score of fresh replies (ppo, a2c, reinforce, rloo), or the judged replies "
+        "themselves (kto, dpo, sft), where the reward model has a say in the gate alone",
+    )
+    entropy: float = Field(
+        0.0, ge=0, le=1, description="what a nat of entropy a token is worth in the policy's loss (entropy coefficient)"
+    )
+    rollout_temperature: float = Field(
+        1.0,
+        ge=0.1,
+        le=2,
+        description="temperature of the rollouts and of the policy that they teach; the gate judges at 1",
+    )
     rollouts: int = Field(128, ge=2, le=65_536, description="fresh replies of one PPO batch")
     minibatch: int = Field(32, ge=1, le=65_536, description="replies of one optimiser step")
-    ppo_epochs: int = Field(2, ge=1, le=16, description="passes over a PPO batch")
+    ppo_epochs: int = Field(2, ge=1, le=16, description="passes of PPO over a batch; other objectives make one")
     update_batches: int = Field(16, ge=1, le=10_000, description="most PPO batches of one update")
     rollout_tokens: int = Field(128, ge=1, le=65_536, description="most tokens of a fresh reply")
     gate_samples: int = Field(256, ge=2, le=65_536, description="fresh replies that the gate judges a candidate by")

@@ -1,4 +1,4 @@
-"""PPO: rollouts → scores → advantages → minibatches → optimiser steps, until the budget is spent.
+"""Rollouts → scores → advantages → minibatches → optimiser steps, until the budget is spent; by PPO or another objective.
 
 Axes: B replies, T positions of a padded batch.
 """
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from learner import ppo
 from learner.critic import crossfit_values
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
+from learner.objectives import PPO, RLOO, Objective, Reinforce, a2c, entropy_loss
 from learner.rollouts import Prompt, Rollout, Sampler, repetition, shuffled
 from serving.lora import AdapterWeights
 
@@ -37,14 +38,22 @@ KL_AIM = 0.95
 
 @dataclass(frozen=True, slots=True)
 class PPOConfig:
-    """PPO's settings; where a default is not the recipe's, benchmarks/LOG.md says why."""
+    """Settings of PPO and of what may stand in its place; where a default is not the recipe's, benchmarks/LOG.md says why."""
 
+    objective: str = "ppo"
+    """One of `objective_of`, or of learner/direct.py."""
     rollouts: int = 128
     """Fresh replies of a batch."""
     minibatch: int = 32
     """Replies of an optimiser step."""
     epochs: int = 2
-    """Passes over a batch."""
+    """Passes of PPO over a batch; other objectives make one."""
+    samples: int = 4
+    """Replies to each prompt of RLOO's batch."""
+    temperature: float = 1.0
+    """Of the rollouts, and of the distributions that the ratio and the KL of a batch are between."""
+    entropy: float = 0.0
+    """What a nat of a token's entropy is worth beside the objective."""
     batches: int = 16
     """At most so many in an update; one more is sampled to see what the last of them brought."""
     lr: float = 1e-3
@@ -116,8 +125,19 @@ class PolicyReport:
     """The batch whose policy was taken."""
 
 
+def objective_of(config: PPOConfig) -> Objective:
+    """The objective of that name, with its settings. Raises KeyError."""
+    known: dict[str, Objective] = {
+        "ppo": PPO(config.epochs, config.gamma, config.lam, config.clip, config.dual_clip),
+        "a2c": a2c(config.gamma, config.lam),
+        "reinforce": Reinforce(gamma=config.gamma),
+        "rloo": RLOO(samples=config.samples),
+    }
+    return known[config.objective]
+
+
 class Improver:
-    """One update's PPO: holds the optimiser, the price of a nat and the best weights so far."""
+    """One update of the policy: holds the optimiser, the price of a nat and the best weights so far."""
 
     def __init__(
         self,
@@ -128,6 +148,7 @@ class Improver:
         seed: int,
     ) -> None:
         self.model, self.reward, self.sampler, self.config = model, reward, sampler, config
+        self.objective = objective_of(config)
         self.policy = model.adapter(POLICY)
         self.parameters = list(self.policy.parameters())
         self.optimiser = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
@@ -153,9 +174,7 @@ class Improver:
             progress("rollouts", number / config.batches)
             started = time.perf_counter()
             weights = self.policy.weights()
-            rollouts = self.sampler.sample(
-                list(itertools.islice(queue, config.rollouts)), weights, self.random.getrandbits(32)
-            )
+            rollouts = self.roll_out(queue, weights)
             sampled = time.perf_counter()
             self.beat()
             experience = self.look_at(rollouts)
@@ -165,7 +184,7 @@ class Improver:
             if figures["kl"] > config.kl_limit:
                 report.stopped = f"the KL to the reference reached {figures['kl']:.2f} nats a reply"
                 break
-            if idle(report.batches, config.kl_price) >= config.patience:
+            if self.gains_nothing(report.batches):
                 report.stopped = f"{config.patience} batches brought no reward worth its KL"
                 break
             if number == config.batches:
@@ -174,10 +193,18 @@ class Improver:
             figures |= self.learn_from(experience)
             self.control.update(figures["kl"])
             figures["steps_s"] = time.perf_counter() - sampled
-        report.kept = best(report.batches, config.kl_price)
+        report.kept = self.choose(report.batches)
         self.policy.load(kept[report.kept])
         self.go_back(kept, report)
         return report
+
+    def gains_nothing(self, batches: Sequence[dict[str, float]]) -> bool:
+        """Whether it is no use to go on after these batches."""
+        return idle(batches, self.config.kl_price) >= self.config.patience
+
+    def choose(self, batches: Sequence[dict[str, float]]) -> int:
+        """The batch whose policy is taken."""
+        return best(batches, self.config.kl_price)
 
     def go_back(self, kept: Sequence[AdapterWeights], report: PolicyReport) -> None:
         """From weights beyond the KL limit, go back towards the last ones within it, as far as the budget asks."""
@@ -190,6 +217,13 @@ class Improver:
 
     # experience
 
+    def roll_out(self, queue: Iterator[Prompt], weights: AdapterWeights) -> list[Rollout]:
+        """A batch of fresh replies to the next prompts, as many to each as the objective compares."""
+        samples = self.objective.samples
+        asked = itertools.islice(queue, max(self.config.rollouts // samples, 1))
+        prompts = [prompt for prompt in asked for _ in range(samples)]
+        return self.sampler.sample(prompts, weights, self.random.getrandbits(32), self.config.temperature)
+
     @torch.no_grad()
     def look_at(self, rollouts: Sequence[Rollout]) -> Experience:
         """Score rollouts and work out what each token was worth."""
@@ -200,7 +234,7 @@ class Improver:
         old_BT, base_BT, kl_BT = (torch.zeros(mask_BT.shape) for _ in range(3))
         hidden_NH = torch.zeros(int(mask_BT.sum()), self.model.width)
         states_BS = torch.zeros(len(rollouts), 2 * self.model.width)
-        for rows, found in self.each(lambda _, part: self.model.compare(part, POLICY), batch):
+        for rows, found in self.each(lambda _, part: self.model.compare(part, POLICY, config.temperature), batch):
             width = found.new_BT.shape[1]
             old_BT[rows, :width], base_BT[rows, :width], kl_BT[rows, :width] = found.new_BT, found.base_BT, found.kl_BT
             hidden_NH[number_BT[rows][mask_BT[rows]]] = found.hidden_NH
@@ -214,10 +248,12 @@ class Improver:
         divergence_BT = k1_BT + config.chi_share * ppo.chi2(k1_BT, config.chi_bound)
         rewards_BT = ppo.token_rewards(penalised_B, divergence_BT, mask_BT, self.control.beta)
         returns_BT = ppo.returns(rewards_BT, mask_BT, config.gamma)
-        running_N1 = torch.cat([running_T[:-1] for running_T in running])[:, None]
-        features_NF = torch.cat([hidden_NH, running_N1], 1)
-        values_BT = batch.spread(crossfit_values(features_NF, returns_BT[mask_BT], mask_BT.nonzero()[:, 0]))
-        advantages_BT = ppo.gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
+        values_BT = torch.zeros(mask_BT.shape)
+        if self.objective.critic:
+            running_N1 = torch.cat([running_T[:-1] for running_T in running])[:, None]
+            features_NF = torch.cat([hidden_NH, running_N1], 1)
+            values_BT = batch.spread(crossfit_values(features_NF, returns_BT[mask_BT], mask_BT.nonzero()[:, 0]))
+        advantages_BT = self.objective.advantages(rewards_BT, values_BT, mask_BT)
         figures = {
             "score": float(penalised_B.mean()),
             "kl": float(kl_BT.sum(1).mean()),
@@ -240,7 +276,7 @@ class Improver:
 
     def learn_from(self, experience: Experience) -> dict[str, float]:
         moved, epochs = 0.0, 0
-        for _ in range(self.config.epochs):
+        for _ in range(self.objective.epochs):
             for rows in self.minibatches(experience):
                 if moved <= self.config.step_limit:
                     moved = self.policy_step(experience, rows)
@@ -257,10 +293,12 @@ class Improver:
         def work(micro: list[int], part: Batch) -> tuple[Sequence[Tensor], float, float]:
             width = part.ids_BT.shape[1]
             old_BT, advantages_BT = experience.old_BT[micro, :width], experience.advantages_BT[micro, :width]
-            new_BT = self.model.logprobs(part, POLICY)
-            loss = ppo.policy_loss(
-                new_BT, old_BT, advantages_BT, part.mask_BT, clip=config.clip, dual_clip=config.dual_clip, tokens=tokens
-            )
+            if config.entropy:
+                new_BT, entropy_BT = self.model.logprobs_and_entropy(part, POLICY, config.temperature)
+                loss = config.entropy * entropy_loss(entropy_BT, part.mask_BT, tokens)
+            else:
+                new_BT, loss = self.model.logprobs(part, POLICY, config.temperature), torch.zeros(())
+            loss = loss + self.objective.loss(new_BT, old_BT, advantages_BT, part.mask_BT, tokens)
             gradients = torch.autograd.grad(loss, self.parameters)
             with torch.no_grad():
                 moved = float(ppo.k3(old_BT, new_BT, part.mask_BT).sum()) / tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -237,34 +237,48 @@ class LearnerModel(nn.Module):
         """
         return _states(batch, self.hidden(batch, None))
 
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """fp32 logits over the vocabulary, [N, V]."""
+    def logits(self, hidden_NH: Tensor, temperature: float = 1.0) -> Tensor:
+        """fp32 logits over the vocabulary, [N, V], of the distribution that this temperature samples from."""
         logits_NV: Tensor = self.base.get_output_embeddings()(hidden_NH)
-        return logits_NV.float()
+        return logits_NV.float() if temperature == 1 else logits_NV.float() / temperature
 
-    def logprobs(self, batch: Batch, adapter: str | None) -> Tensor:
-        """log p of each reply token at T=1, fp32, [B, T]; 0 elsewhere. The vocabulary is never held for all tokens at once."""
+    def logprobs(self, batch: Batch, adapter: str | None, temperature: float = 1.0) -> Tensor:
+        """log p of each reply token, fp32, [B, T]; 0 elsewhere. The vocabulary is never held for all tokens at once."""
+        return batch.spread(self._each_token(batch, adapter, partial(self._said, temperature=temperature)))
+
+    def logprobs_and_entropy(self, batch: Batch, adapter: str, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """As `logprobs`, and the entropy of the distribution that each token was drawn from, nats, [B, T]; 0 elsewhere."""
+        said_N, entropy_N = self._each_token(batch, adapter, partial(self._said_of, temperature=temperature))
+        return batch.spread(said_N), batch.spread(entropy_N)
+
+    def _each_token(self, batch: Batch, adapter: str | None, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`what` of the hidden state before each reply token and the token's id, in chunks; tokens stand last."""
         hidden_NH = self.hidden(batch, adapter)[batch.before_BT]
         ids_N = batch.ids_BT[batch.mask_BT].to(hidden_NH.device)
         chunks = zip(hidden_NH.split(self.chunk_tokens), ids_N.split(self.chunk_tokens), strict=True)
         if len(ids_N) > self.chunk_tokens and torch.is_grad_enabled():
-            parts = [checkpoint(self._said, *chunk, use_reentrant=False) for chunk in chunks]
+            parts = [checkpoint(what, *chunk, use_reentrant=False) for chunk in chunks]
         else:
-            parts = [self._said(*chunk) for chunk in chunks]
-        return batch.spread(torch.cat(parts).cpu())
+            parts = [what(*chunk) for chunk in chunks]
+        return torch.cat(parts, -1).cpu()
 
-    def _said(self, hidden_NH: Tensor, ids_N: Tensor) -> Tensor:
-        return -functional.cross_entropy(self.logits(hidden_NH), ids_N, reduction="none")
+    def _said(self, hidden_NH: Tensor, ids_N: Tensor, temperature: float) -> Tensor:
+        return -functional.cross_entropy(self.logits(hidden_NH, temperature), ids_N, reduction="none")
+
+    def _said_of(self, hidden_NH: Tensor, ids_N: Tensor, temperature: float) -> Tensor:
+        logprobs_NV = self.logits(hidden_NH, temperature).log_softmax(-1)
+        said_N = logprobs_NV.gather(1, ids_N[:, None])[:, 0]
+        return torch.stack([said_N, -(logprobs_NV.exp() * logprobs_NV).sum(-1)])
 
     @torch.no_grad()
-    def compare(self, batch: Batch, adapter: str) -> Comparison:
-        """An adapter beside the bare base, from one forward pass of each."""
+    def compare(self, batch: Batch, adapter: str, temperature: float = 1.0) -> Comparison:
+        """An adapter beside the bare base, from one forward pass of each; both at this temperature."""
         before_BT, ids_N = batch.before_BT, batch.ids_BT[batch.mask_BT].to(self.base.device)
         base_BTH = self.hidden(batch, None)
         new_NH, base_NH = self.hidden(batch, adapter)[before_BT], base_BTH[before_BT]
         parts = []
         for ids, new, base in zip(*(t.split(self.chunk_tokens) for t in (ids_N, new_NH, base_NH)), strict=True):
-            new_NV, base_NV = self.logits(new), self.logits(base)
+            new_NV, base_NV = self.logits(new, temperature), self.logits(base, temperature)
             logprobs = (-functional.cross_entropy(logits, ids, reduction="none") for logits in (new_NV, base_NV))
             parts.append(torch.stack([*logprobs, ppo.full_kl(new_NV, base_NV)]))
         new_N, base_N, kl_N = torch.cat(parts, 1).cpu()

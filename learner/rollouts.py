@@ -19,7 +19,7 @@ LATEST = 1
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A reply sampled at T=1 with nothing cut off, so that it is a fair draw of its policy."""
+    """A reply sampled with nothing cut off, so that it is a fair draw of its policy at one temperature."""
 
     prompt_ids: Prompt
     reply_ids: tuple[int, ...]
@@ -27,7 +27,7 @@ class Rollout:
     ended: bool
     """False when it was cut at the limit."""
     logprobs: tuple[float, ...]
-    """log p of each token by the engine that sampled it."""
+    """log p of each token at T=1, by the engine that sampled it."""
 
 
 class Sampler:
@@ -37,7 +37,9 @@ class Sampler:
         self.engine = engine
         self.max_tokens = max_tokens
 
-    def sample(self, prompts: Sequence[Prompt], weights: AdapterWeights | None, seed: int) -> list[Rollout]:
+    def sample(
+        self, prompts: Sequence[Prompt], weights: AdapterWeights | None, seed: int, temperature: float = 1.0
+    ) -> list[Rollout]:
         """One reply to each prompt, in order, by the base with these weights (None: the base itself)."""
         seeds = random.Random(seed)
         if weights is not None:
@@ -45,7 +47,7 @@ class Sampler:
         version = 0 if weights is None else LATEST
         finished = self.engine.generate(
             [
-                Request(prompt, Sampling(max_tokens=self.max_tokens, seed=seeds.getrandbits(48)), version)
+                Request(prompt, Sampling(temperature, max_tokens=self.max_tokens, seed=seeds.getrandbits(48)), version)
                 for prompt in prompts
             ]
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from learner import gate
 from learner.config import LearnerConfig
 from learner.crossfit import RewardConfig
+from learner.direct import EXAMPLES, Direct
 from learner.gate import GateReport
 from learner.improve import POLICY, Improver, PolicyReport, PPOConfig
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
@@ -201,9 +202,8 @@ class Round:
             if kl > RESTART_ABOVE * self.config.kl_limit:
                 policy.reset(self.seed)
                 started_from = f"reference, because {started_from} it is {kl:.2f} nats a reply away already"
-        parts = (self.model, trainer.reward, trainer.sampler, trainer.ppo)
         self.start = self.model.adapter(POLICY).weights()
-        with contextlib.closing(Improver(*parts, self.seed)) as improver:
+        with contextlib.closing(self.improver()) as improver:
             report = improver.run(self.prompts, self.progress)
         rollouts_s = sum(batch["rollouts_s"] for batch in report.batches)
         self.report["policy"] = {
@@ -216,6 +216,12 @@ class Round:
         self.report["seconds"]["rollouts"] += rollouts_s
         self.report["seconds"]["ppo"] -= rollouts_s
         return report
+
+    def improver(self) -> Improver:
+        """What moves the policy: by fresh replies or by those that were judged."""
+        trainer = self.trainer
+        parts = (self.model, trainer.reward, trainer.sampler, trainer.ppo, self.seed)
+        return Direct(*parts, self.judgements) if trainer.ppo.objective in EXAMPLES else Improver(*parts)
 
     def checks(self) -> list[gate.Check]:
         """What the gate asks of the candidate, on fresh replies to the prompts that the base was asked too."""
@@ -289,6 +295,9 @@ def ppo_config(config: LearnerConfig, parameters: int) -> PPOConfig:
     """The learner's settings as PPO takes them; `parameters` of the base choose the learning rate where none is set."""
     lr = config.learning_rate or learning_rate(parameters)
     return PPOConfig(
+        objective=config.objective,
+        entropy=config.entropy,
+        temperature=config.rollout_temperature,
         rollouts=config.rollouts,
         minibatch=config.minibatch,
         epochs=config.ppo_epochs,

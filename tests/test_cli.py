@@ -28,7 +28,7 @@ from serving.lora import AdapterWeights
 from tests.commands import Done, Heed
 from tests.valkey import Valkey
 
-COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "feedback", "pretrain", "check")
+COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "feedback", "bench", "pretrain", "check")
 ADAPTERS = ("list", "show", "promote", "rollback", "verify", "import")
 FEEDBACK = ("import", "export", "why")
 
@@ -104,6 +104,7 @@ def test_help_names_every_command_and_comes_at_once(tmp_path: Path):
         *((name,) for name in COMMANDS),
         *(("adapters", name) for name in ADAPTERS),
         *(("feedback", name) for name in FEEDBACK),
+        ("bench", "learn"),
     ],
 )
 def test_every_command_explains_itself(command: tuple[str, ...], heed: Heed):
