@@ -37,15 +37,20 @@ class Sampler:
         self.engine = engine
         self.max_tokens = max_tokens
 
-    def sample(self, prompts: Sequence[Prompt], weights: AdapterWeights | None, seed: int) -> list[Rollout]:
-        """One reply to each prompt, in order, by the base with these weights (None: the base itself)."""
+    def sample(
+        self, prompts: Sequence[Prompt], weights: AdapterWeights | None, seed: int, temperature: float = 1.0
+    ) -> list[Rollout]:
+        """One reply to each prompt, in order, by the base with these weights (None: the base itself).
+
+        Only at temperature 1 are they fair draws.
+        """
         seeds = random.Random(seed)
         if weights is not None:
             self.engine.restage(LATEST, weights)
         version = 0 if weights is None else LATEST
         finished = self.engine.generate(
             [
-                Request(prompt, Sampling(max_tokens=self.max_tokens, seed=seeds.getrandbits(48)), version)
+                Request(prompt, Sampling(temperature, max_tokens=self.max_tokens, seed=seeds.getrandbits(48)), version)
                 for prompt in prompts
             ]
         )
