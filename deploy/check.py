@@ -56,6 +56,7 @@ def findings(config: LearnerConfig) -> Iterator[Finding]:
     if config.serving.feedback.redis_url is not None:
         yield redis(config.serving.feedback.redis_url, config.serving.feedback.policy)
     yield from guarded("keys", lambda: keys(config))
+    yield from guarded("probes", lambda: probes(config))
     yield from guarded("model", lambda: model_and_adapters(config, adapters=usable))
     yield server(config)
     yield learner(config)
@@ -148,6 +149,13 @@ def keys(config: LearnerConfig) -> Iterator[Finding]:
     path = config.serving.api_keys_file
     if path is not None:
         yield Finding("keys", "ok", f"{path}: {', '.join(Keys(path).names)}")
+
+
+def probes(config: LearnerConfig) -> Iterator[Finding]:
+    from learner.probes import read_probes
+
+    if config.probes is not None:
+        yield Finding("probes", "ok", f"{config.probes}: {', '.join(read_probes(config.probes))}")
 
 
 def model_and_adapters(config: LearnerConfig, adapters: bool) -> Iterator[Finding]:

@@ -84,6 +84,21 @@ class LearnerConfig(Settings):
     update_batches: int = Field(16, ge=1, le=10_000, description="most PPO batches of one update")
     rollout_tokens: int = Field(128, ge=1, le=65_536, description="most tokens of a fresh reply")
     gate_samples: int = Field(256, ge=2, le=65_536, description="fresh replies that the gate judges a candidate by")
+    probes: Path | None = Field(
+        None,
+        description="TOML file of prompts with what a candidate must say and must not, read when the learner starts: `[name]`, "
+        "below it `prompt` and `must` or `must_not`; none: no probes",
+    )
+    report_samples: int = Field(
+        8,
+        ge=0,
+        le=100,
+        description="prompts, with the replies before and after, that an update's report shows: people's own words; 0: none",
+    )
+    tensorboard: Path | None = Field(
+        None,
+        description="folder of TensorBoard event files, a run an update (`pip install 'heed[tensorboard]'`); none: not written",
+    )
 
     @property
     def folder(self) -> Path:

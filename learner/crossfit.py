@@ -206,6 +206,7 @@ class CrossFit:
         self.raters = rater_numbers([judgement.user for judgement in judgements])
         self.evidence = self._evidence(samples)
         replies, states_NS = [sample.reply_ids for sample in samples], states(samples)
+        self.rated = samples, states_NS
         self.features = Features(embeddings_VH, eos_ids, replies, states_NS)
         self.features_NF = self.features.of(replies, states_NS)
         best = math.inf
@@ -277,18 +278,16 @@ class CrossFit:
             for (kind, _), rows in strata.items()
         ]
 
-    def calibration_error(self) -> float:
-        """Of unseen thumbs: mean distance of predicted and seen share of thumbs up over ten bins."""
+    def calibration(self) -> list[tuple[float, float, int]]:
+        """Of unseen thumbs, in ten bins: the chance of a thumb up foretold, the share seen, and how many."""
         chance_J = self._unseen(
             self.members, lambda m, u, rows: torch.sigmoid(m.links.slope("thumb") * u[rows.reply_J] + m.links.offset)
         )
         thumbs = self.evidence.kind_J == KINDS.index("thumb")
-        if not thumbs.any():
-            return 0.0
         chance_J, up_J = chance_J[thumbs], self.evidence.value_J[thumbs]
         bin_J = (chance_J * 10).long().clamp(0, 9)
-        gaps = [abs(float((chance_J - up_J)[bin_J == one].sum())) for one in bin_J.unique()]
-        return sum(gaps) / len(up_J)
+        inside = [bin_J == one for one in bin_J.unique()]
+        return [(float(chance_J[one].mean()), float(up_J[one].mean()), int(one.sum())) for one in inside]
 
 
 def chance_nll(judgements: Sequence[Judgement]) -> float:

@@ -1,7 +1,8 @@
 """May anyone see this candidate? A few checks, each with its number, its bound and a sentence that a person can read.
 
-Letters are those of the recipe: (a) the reward model knows something, (c) the KL budget, (d) the outer form of the replies; and
-the update moved something, and not to something worse. What was not reached is skipped, which passes nothing.
+Letters are those of the recipe: (a) the reward model knows something, (c) the KL budget, (d) the outer form of the replies,
+(e) the operator's probes (probes.py); and the update moved something, and not to something worse. What was not reached is
+skipped, which passes nothing.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Protocol, TypeVar
 
 import torch
@@ -26,6 +27,13 @@ from learner.rollouts import Prompt, Rollout, Sampler, repetition, shuffled
 from serving.lora import AdapterWeights
 
 T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Called again and again while an update runs: its phase, the share of it done, and a batch's figures once they are whole."""
+
+    def __call__(self, phase: str, fraction: float, batch: Mapping[str, float] | None = None, /) -> None: ...
+
 
 POLICY = "policy"
 MIN_GAIN = 0.05
@@ -115,6 +123,17 @@ class Experience:
     figures: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one optimiser step found, before it was made."""
+
+    moved: float
+    """How far the policy was from the rollouts' already, k3, nats a token."""
+    loss: float
+    clipped: float
+    """Share of the tokens whose ratio was outside the clip."""
+
+
 @dataclass(slots=True)
 class PolicyReport:
     """What an update did: one row of figures a batch, and why it ended."""
@@ -164,7 +183,7 @@ class Improver:
         """End the threads."""
         self.pool.shutdown()
 
-    def run(self, prompts: Sequence[Prompt], progress: Callable[[str, float], None]) -> PolicyReport:
+    def run(self, prompts: Sequence[Prompt], progress: Progress) -> PolicyReport:
         """Improve the policy's adapter until a stop fires, and leave the best weights within the budget in it."""
         config, report = self.config, PolicyReport()
         self.beat = lambda: progress("ppo", len(report.batches) / config.batches)
@@ -193,6 +212,8 @@ class Improver:
             figures |= self.learn_from(experience)
             self.control.update(figures["kl"])
             figures["steps_s"] = time.perf_counter() - sampled
+            progress("ppo", len(report.batches) / config.batches, figures)
+        progress("ppo", 1.0, report.batches[-1])  # the last batch was looked at, not learned from
         report.kept = self.choose(report.batches)
         self.policy.load(kept[report.kept])
         self.go_back(kept, report)
@@ -275,22 +296,24 @@ class Improver:
             yield order[start : start + self.config.minibatch]
 
     def learn_from(self, experience: Experience) -> dict[str, float]:
-        moved, epochs = 0.0, 0
+        steps: list[Step] = []
+        epochs = 0
         for _ in range(self.objective.epochs):
             for rows in self.minibatches(experience):
-                if moved <= self.config.step_limit:
-                    moved = self.policy_step(experience, rows)
+                if not steps or steps[-1].moved <= self.config.step_limit:
+                    steps.append(self.policy_step(experience, rows))
             epochs += 1
-            if moved > self.config.step_limit:
+            if steps[-1].moved > self.config.step_limit:
                 break
-        return {"moved": moved, "epochs": epochs}
+        loss, clipped = fmean(step.loss for step in steps), fmean(step.clipped for step in steps)
+        return {"moved": steps[-1].moved, "epochs": epochs, "loss": loss, "clipped": clipped}
 
-    def policy_step(self, experience: Experience, rows: list[int]) -> float:
-        """One step of the policy; returns how far it was from the rollouts' before the step, in nats a token."""
+    def policy_step(self, experience: Experience, rows: list[int]) -> Step:
+        """One step of the policy."""
         config, batch = self.config, experience.batch
         tokens = int(batch.mask_BT[rows].sum())
 
-        def work(micro: list[int], part: Batch) -> tuple[Sequence[Tensor], float, float]:
+        def work(micro: list[int], part: Batch) -> tuple[Sequence[Tensor], float, float, float, float]:
             width = part.ids_BT.shape[1]
             old_BT, advantages_BT = experience.old_BT[micro, :width], experience.advantages_BT[micro, :width]
             if config.entropy:
@@ -302,12 +325,15 @@ class Improver:
             gradients = torch.autograd.grad(loss, self.parameters)
             with torch.no_grad():
                 moved = float(ppo.k3(old_BT, new_BT, part.mask_BT).sum()) / tokens
-                ratio = float(ppo.masked_sum(ppo.ratio(new_BT, old_BT, part.mask_BT), part.mask_BT)) / tokens
-            return gradients, moved, ratio
+                ratio_BT = ppo.ratio(new_BT, old_BT, part.mask_BT)
+                ratio = float(ppo.masked_sum(ratio_BT, part.mask_BT)) / tokens
+                clipped = ppo.clip_share(ratio_BT, part.mask_BT, config.clip) * int(part.mask_BT.sum()) / tokens
+            return gradients, moved, ratio, float(loss.detach()), clipped
 
-        gradients, moved, ratio = zip(*(found for _, found in self.each(work, batch, rows)), strict=True)
-        self.step(gradients, skip=sum(ratio) > config.max_mean_ratio)
-        return math.fsum(moved)
+        gradients, *sums = zip(*(found for _, found in self.each(work, batch, rows)), strict=True)
+        moved, ratio, loss, clipped = map(sum, sums)
+        self.step(gradients, skip=ratio > config.max_mean_ratio)
+        return Step(moved, loss, clipped)
 
     def each(
         self, work: Callable[[list[int], Batch], T], batch: Batch, rows: Sequence[int] | None = None

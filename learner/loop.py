@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from feedback.log import Log, LogUnavailable
@@ -28,11 +28,13 @@ from learner.intake import Intake
 from learner.ledger import Learned, Ledger, Update, number_of
 from learner.metrics import LearnerMetrics
 from learner.notices import Notices
+from learner.page import keep_page, update_page
 from learner.phases import Phases
 from learner.release import Releaser
 from learner.report import policy_report
 from learner.state import State
 from learner.stopping import Stopped, Stopping
+from learner.watching import Lines, Watcher
 from serving.adapters import AdapterStore, BadAdapter, ReleaseBroken, ReleaseRefused, StoreBusy
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class Learner:
         trainer: Trainer,
         metrics: LearnerMetrics,
         stopping: Stopping,
+        watchers: Sequence[Watcher] = (Lines(),),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
@@ -86,7 +89,7 @@ class Learner:
         self.ledger = Ledger(state)
         self.due = Due(config, board, state, self.ledger, clock)
         self.releaser = Releaser(store, trainer.base, log)
-        self.notices = Notices(board, state, metrics)
+        self.notices = Notices(board, state, metrics, watchers)
         self.checkpoints = Checkpoints(config.folder / "checkpoints", trainer)
         self.phases: Phases | None = None
         self.looked = self.reported = self.report_took_s = 0.0
@@ -174,7 +177,7 @@ class Learner:
 
     def say_away(self, error: Exception) -> None:
         """Say what is away, wherever it can still be said."""
-        self.phases = None
+        self.leave()
         self.notices.waiting(error)
         with contextlib.suppress(*AWAY):
             self.report()
@@ -200,13 +203,15 @@ class Learner:
             _log.exception("update %d failed", update.number)
             return None
 
-    def progress(self, phase: str, fraction: float) -> None:
+    def progress(self, phase: str, fraction: float, batch: Mapping[str, float] | None = None) -> None:
         """The trainer calls this again and again, so that the learner goes on listening while it trains."""
         if self.stopping.is_set():
             raise Stopped
         assert self.phases is not None
-        if self.phases.enter(phase, fraction):
-            _log.info("update %d: %s", self.phases.number, phase)
+        entered = self.phases.enter(phase, fraction)
+        if batch is not None:
+            self.phases.batches.append(batch)
+        self.notices.went_on(self.phases, entered=entered, batch=batch is not None)
         if self.clock() - self.looked < BEAT_S:
             return
         try:
@@ -223,6 +228,11 @@ class Learner:
         """The gate said no: nothing ships, and everyone can read why."""
         said = " ".join(check.sentence for check in candidate.gate.checks if check.verdict == "fail")
         why = f"the gate said no to update {update.number}: {said}"
+        try:
+            place = keep_page(self.config.folder / "reports", update.number, self.page(update, candidate))
+            _log.info("update %d: its report is %s", update.number, place)
+        except OSError as error:  # nothing leans on it
+            _log.warning("update %d: no report is kept: %s", update.number, error)
         update = self.ledger.refused(update, self.learned(candidate), why, self.clock())
         self.notices.learned(update)
         return self.ended(update)
@@ -237,7 +247,9 @@ class Learner:
             feedback={"count": update.feedback, "offsets": dict(update.offsets)},
             update={**learned.report, "number": update.number},
             gate=learned.gate,
+            page=lambda version: self.page(update, candidate, version),
         )
+        _log.info("update %d: its report is %s", update.number, self.store.page(version))
         update = self.ledger.published(update, version, learned)
         self.notices.learned(update)
         return update
@@ -260,7 +272,7 @@ class Learner:
         except (BadAdapter, ReleaseRefused) as error:
             outcome, why = "passed_over", f"v{update.version} cannot be served: {error}"
         if outcome == "paused":
-            self.phases = None
+            self.leave()
             return update
         if outcome == "passed_over":
             return self.ended(self.ledger.passed_over(update, why, self.clock()))
@@ -268,6 +280,11 @@ class Learner:
         update = self.ended(self.ledger.released(update, self.clock()))
         self.store.prune()
         return update
+
+    def page(self, update: Update, candidate: Candidate, version: int | None = None) -> str:
+        """The update as a page for people: HTML."""
+        learned = self.learned(candidate)
+        return update_page(update, version, learned.report, learned.gate, candidate.exhibits, self.clock())
 
     def learned(self, candidate: Candidate) -> Learned:
         """What an update leaves behind besides weights, as JSON takes it."""
@@ -277,7 +294,12 @@ class Learner:
 
     def ended(self, update: Update) -> Update:
         """Tell everyone how an update ended."""
-        self.phases = None
+        self.leave()
         self.notices.ended(update)
         self.report()
         return update
+
+    def leave(self) -> None:
+        """No update is running any more."""
+        self.phases = None
+        self.notices.over()

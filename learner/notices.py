@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from feedback.board import Story
 from learner.board import LearnersBoard
 from learner.ledger import Update
 from learner.metrics import LearnerMetrics
+from learner.phases import Phases
 from learner.state import State
+from learner.watching import Lines, Watcher
 
 REPORT = "policy"
 
@@ -23,12 +25,15 @@ _log = logging.getLogger(__name__)
 
 
 class Notices:
-    """Tells the board, the metrics and the log what the learner does."""
+    """Tells the board, the metrics, the log and whoever watches what the learner does."""
 
-    def __init__(self, board: LearnersBoard, state: State, metrics: LearnerMetrics) -> None:
+    def __init__(
+        self, board: LearnersBoard, state: State, metrics: LearnerMetrics, watchers: Sequence[Watcher] = (Lines(),)
+    ) -> None:
         self.board = board
         self.state = state
         self.metrics = metrics
+        self.watchers = watchers
         self._activations: Mapping[int, float] = {}
         self._all_untold = False
         self.trouble: str | None = None
@@ -67,8 +72,23 @@ class Notices:
         self.board.set_report(REPORT, json.dumps(report, allow_nan=False))
         self.metrics.count(report["feedback"])
 
+    def went_on(self, phases: Phases, *, entered: bool, batch: bool) -> None:
+        """Show that an update entered a phase, or brought a batch."""
+        for watcher in self.watchers:
+            if entered:
+                watcher.entered(phases)
+            if batch:
+                watcher.batch(phases)
+
+    def over(self) -> None:
+        """The update that was running ended or broke off."""
+        for watcher in self.watchers:
+            watcher.over()
+
     def learned(self, update: Update) -> None:
         """Show the figures of an update that reached the gate."""
+        for watcher in self.watchers:
+            watcher.learned(update)
         report, gate = update.report or {}, update.gate or {}
         self.metrics.show(report)
         for phase, seconds in (report.get("seconds") or {}).items():

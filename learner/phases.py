@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 class Phases:
@@ -14,9 +14,14 @@ class Phases:
         self.phase = "preparing"
         self.fraction = 0.0
         self.entered: dict[str, float] = {self.phase: clock()}
+        self.batches: list[Mapping[str, float]] = []
+        """PPO's figures, batch by batch."""
 
     def enter(self, phase: str, fraction: float) -> bool:
-        """The trainer is in this phase, this share of it done. Phases may come back: PPO steps follow rollouts."""
+        """The trainer is in this phase, this share of it done; true when it is for the first time.
+
+        Phases may come back: PPO steps follow rollouts.
+        """
         self.phase, self.fraction = phase, fraction
         first = phase not in self.entered
         self.entered.setdefault(phase, self.clock())
@@ -24,6 +29,11 @@ class Phases:
 
     def __str__(self) -> str:
         return f"training update {self.number} ({self.phase} {self.fraction:.0%})"
+
+    def seconds(self) -> dict[str, float]:
+        """How long ago each phase was first entered, until the next one was. Phases that take turns count as the later one."""
+        ends = [*list(self.entered.values())[1:], self.clock()]
+        return {phase: end - at for (phase, at), end in zip(self.entered.items(), ends, strict=True)}
 
     def reached(self) -> dict[str, float]:
         """When the feedback was in the reward model, and when it had moved the policy: the start of what followed."""

@@ -124,6 +124,11 @@ def policy_loss(
     return -masked_sum(objective_BT, mask_BT) / (int(mask_BT.sum()) if tokens is None else tokens)
 
 
+def clip_share(ratio_BT: Tensor, mask_BT: Tensor, clip: float) -> float:
+    """Share of the real tokens whose ratio lies outside 1 ± clip, where the surrogate is flat on one side."""
+    return float(masked_mean(((ratio_BT - 1).abs() > clip).float(), mask_BT))
+
+
 def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float:
     """1 − Var(returns − values) ÷ Var(returns) over the real tokens: 1 is perfect, 0 no better than a constant."""
     returns_N, errors_N = returns_BT[mask_BT], (returns_BT - values_BT)[mask_BT]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from prometheus_client import disable_created_metrics
+from rich.console import Console
 
 from feedback.board import open_board
 from feedback.events import EXCHANGES, RELEASES
@@ -26,6 +27,7 @@ from learner.metrics import LearnerMetrics, MetricsServer
 from learner.state import State
 from learner.statefile import StateError, remove_state
 from learner.stopping import Stopped, Stopping
+from learner.watching import Lines, LiveTable, Watcher
 from serving.cores import cores
 from serving.exits import Exit
 
@@ -67,6 +69,7 @@ def _learn(
     config: LearnerConfig, until_idle: bool, rebuild: bool, stopping: Stopping, stack: contextlib.ExitStack
 ) -> int:
     data, policy = config.serving.feedback.data, config.serving.feedback.policy
+    watchers = _watchers(config)
     try:
         _hold_lock(data, "this data folder", stopping, stack)
     except OSError as error:
@@ -109,11 +112,28 @@ def _learn(
         trainer=trainer,
         metrics=metrics,
         stopping=stopping,
+        watchers=watchers,
     )
+    stack.callback(learner.notices.over)
     _log.info("learning for policy %s in %s", store.policy, data)
     learner.run(until_idle)
     _log.info("stopped" if stopping.is_set() else "nothing to learn now")
     return Exit.DONE
+
+
+def _watchers(config: LearnerConfig) -> list[Watcher]:
+    """Who is shown how an update goes. Raises SettingError."""
+    if config.probes is not None:
+        from learner.probes import read_probes
+
+        read_probes(config.probes)  # what is wrong is told at once, not after the model is loaded
+    console = Console()
+    watchers: list[Watcher] = [LiveTable(console) if console.is_terminal else Lines()]
+    if config.tensorboard is not None:
+        from learner.tensorboard import TensorBoard
+
+        watchers.append(TensorBoard(config.tensorboard))
+    return watchers
 
 
 def stand_behind_the_server(nice: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from learner.features import Tables
 if TYPE_CHECKING:
     from learner.crossfit import States
     from learner.model import Tokens
-    from learner.state import Judgement
+    from learner.state import Judgement, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class RewardReport:
     penalty: float
     agreement: float
     """Mean correlation of two members over the reference's replies."""
+    calibration: list[tuple[float, float, int]] = field(default_factory=list)
+    """Of unseen thumbs, in up to ten bins: the chance of a thumb up foretold, the share seen, and how many."""
 
     def lower(self, z: float) -> float:
         """A bound below the true AUROC."""
@@ -71,6 +73,8 @@ class RewardModel:
         """`embeddings_VH`: the base's input embeddings; `states`: what it makes of replies to their prompts."""
         self.embeddings_VH, self.eos_ids, self.config, self.states = embeddings_VH, eos_ids, config, states
         self.tables: Tables | None = None
+        self.rated: tuple[Sequence[Sample], Tensor] = ((), torch.zeros(0, 0))
+        """The judged replies of the last fit, and what the base makes of them, [N, S]."""
         self.slope, self.offset = 1.0, 0.0
         self.shift, self.scale = 0.0, 1.0
 
@@ -83,7 +87,7 @@ class RewardModel:
     ) -> RewardReport:
         """Learn from all judgements anew. `reference`: replies of the reference policy, which fix the scale of the score."""
         fit = CrossFit(self.embeddings_VH, self.eos_ids, judgements, self.states, self.config, seed, progress)
-        self.tables = fit.tables()
+        self.tables, self.rated = fit.tables(), fit.rated
         utility_KB = self._normalise(self._utilities(reference), fit.members)
         return self._report(fit, utility_KB, [len(sample.reply_ids) for sample in reference])
 
@@ -134,6 +138,8 @@ class RewardModel:
         by_prompt = [judgement.reply.prompt_ids for judgement in fit.judgements]
         by_rater = [judgement.user or row for row, judgement in enumerate(fit.judgements)]
         found = concordance(fit.compared(), [by_prompt, by_rater])
+        calibration = fit.calibration()
+        gaps = [count * abs(foretold - seen) for foretold, seen, count in calibration]
         return RewardReport(
             judgements=dict(Counter(judgement.kind for judgement in fit.judgements)),
             raters=len(fit.raters),
@@ -143,10 +149,11 @@ class RewardModel:
             comparisons=0 if found is None else found.comparisons,
             nll=float(fit.unseen_loss_J.mean()),
             chance_nll=chance_nll(fit.judgements),
-            calibration_error=fit.calibration_error(),
+            calibration_error=sum(gaps) / max(sum(count for _, _, count in calibration), 1),
             length_correlation=correlation(self._combine(utility_KB), torch.tensor(lengths).float()),
             penalty=fit.penalty,
             agreement=_agreement(utility_KB),
+            calibration=calibration,
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -40,7 +40,10 @@ class Sampler:
     def sample(
         self, prompts: Sequence[Prompt], weights: AdapterWeights | None, seed: int, temperature: float = 1.0
     ) -> list[Rollout]:
-        """One reply to each prompt, in order, by the base with these weights (None: the base itself)."""
+        """One reply to each prompt, in order, by the base with these weights (None: the base itself).
+
+        Only at temperature 1 are they fair draws.
+        """
         seeds = random.Random(seed)
         if weights is not None:
             self.engine.restage(LATEST, weights)

@@ -10,19 +10,20 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from learner import gate
+from learner import gate, probes
 from learner.config import LearnerConfig
 from learner.crossfit import RewardConfig
 from learner.direct import EXAMPLES, Direct
+from learner.exhibits import Exhibits, Reply, first_of_each, looked_at, pairs
 from learner.gate import GateReport
-from learner.improve import POLICY, Improver, PolicyReport, PPOConfig
+from learner.improve import POLICY, Improver, PolicyReport, PPOConfig, Progress
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
 from learner.reward import RewardModel, RewardReport
 from learner.rollouts import Prompt, Rollout, Sampler, Shape, shuffled
@@ -44,8 +45,6 @@ ROLLOUT_CONTEXT = 1024
 ROWS = 128
 """Rollouts that the engine makes side by side."""
 
-Progress = Callable[[str, float], None]
-
 
 @dataclass(slots=True)
 class Candidate:
@@ -54,14 +53,16 @@ class Candidate:
     weights: AdapterWeights
     report: dict[str, Any]
     gate: GateReport
+    exhibits: Exhibits = field(default_factory=Exhibits)
 
 
 class Trainer:
     """The base model with everything that learns on it. One round at a time."""
 
     def __init__(self, config: LearnerConfig) -> None:
-        """Load the base. Raises ModelError."""
+        """Load the base. Raises ModelError, and SettingError where the operator's probes are wrong."""
         serving = config.serving
+        self.probes = probes.read_probes(config.probes)
         model, self.chat = load_model(serving.model, serving.device, serving.dtype)
         if model.device.type == "cpu":
             model = model.float()  # training in half types would be slower here, and less exact
@@ -80,6 +81,7 @@ class Trainer:
         rows = min(ROWS, max(config.rollouts, config.gate_samples))
         engine = Engine(model, self.chat, rows=rows, max_len=self.max_len, slots=1, rank=RANK, seed=config.seed)
         self.sampler = Sampler(engine, config.rollout_tokens)
+        self.probed = probes.encode(self.probes, self.chat, self.max_len - config.rollout_tokens)
         self.ppo = ppo_config(config, parameters=sum(p.numel() for p in model.parameters()))
 
     @torch.no_grad()
@@ -99,7 +101,7 @@ class Trainer:
         *,
         parent: AdapterWeights | None,
         seed: int,
-        progress: Progress = lambda phase, fraction: None,
+        progress: Progress = lambda phase, fraction, batch=None: None,
     ) -> Candidate:
         """A candidate from all judgements that count. `parent`: the version it would replace, None for the base.
 
@@ -158,6 +160,7 @@ class Round:
         self.prompts = [prompt for prompt in prompts if len(prompt) <= room]  # those that leave room for a whole reply
         self.seed, self.progress = seed, progress
         self.report: dict[str, Any] = {"seconds": {"reward": 0.0, "rollouts": 0.0, "ppo": 0.0, "gate": 0.0}}
+        self.exhibits = Exhibits()
         self.clock = time.perf_counter()
 
     def run(self) -> Candidate:
@@ -172,9 +175,8 @@ class Round:
         else:
             known = gate.knows(self.fit_reward())
         if known.verdict != "pass":
-            return self.candidate(
-                [known, *gate.skipped(("changed", "no_worse", "kl", "length", "ended", "repetition", "variety"))]
-            )
+            names = ["changed", "no_worse", "kl", "length", "ended", "repetition", "variety"]
+            return self.candidate([known, *gate.skipped([*names, *(["probes"] if self.trainer.probes else [])])])
         self.improve()
         return self.candidate([known, *self.checks()])
 
@@ -231,18 +233,31 @@ class Round:
         self.progress("gate", 0.5)
         kl = trainer.mean_kl(candidate)
         self.report["kl"] = {"reference": kl}
-        self.report["score"] = {
-            "candidate": float(trainer.reward.score(candidate).mean()),
-            "base": float(trainer.reward.score(self.of_base).mean()),
-        }
+        score_B, base_B = trainer.reward.score(candidate), trainer.reward.score(self.of_base)
+        self.report["score"] = {"candidate": float(score_B.mean()), "base": float(base_B.mean())}
         self.report["shape"] = {"candidate": asdict(Shape.of(candidate)), "base": asdict(Shape.of(self.of_base))}
-        self.spend("gate")
-        return [
+        checks = [
             gate.changed(difference(weights, self.start)),
             self.beside_parent(candidate, kl),
             gate.within_budget(kl, self.config.kl_limit),
             *gate.keeps_form(candidate, self.of_base),
+            *self.ask_probes(weights),
         ]
+        after = pairs(self.before, self.look_at(candidate), self.judgements, trainer.reward, trainer.chat)
+        self.exhibits = Exhibits(tuple(base_B.tolist()), tuple(score_B.tolist()), after)
+        self.spend("gate")
+        return checks
+
+    def ask_probes(self, weights: AdapterWeights) -> list[gate.Check]:
+        """The operator's own questions, where there are any."""
+        trainer = self.trainer
+        asked = (trainer.probes, trainer.probed, trainer.chat, trainer.sampler)
+        return [probes.ask(*asked, weights, self.seed + 3)] if trainer.probes else []
+
+    def look_at(self, rollouts: Sequence[Rollout], *, moved: bool = True) -> list[Reply]:
+        """The replies that the report shows, of those that the policy as it is now made."""
+        shown = first_of_each(rollouts, self.config.report_samples)
+        return looked_at(shown, self.model, self.trainer.reward, self.trainer.chat, moved=moved)
 
     def beside_parent(self, candidate: Sequence[Rollout], kl: float) -> gate.Check:
         """Whether the candidate's replies, `kl` nats from the reference, are worth no less than its parent's."""
@@ -253,14 +268,17 @@ class Round:
             policy.load(self.parent)
             parent = trainer.sampler.sample([one.prompt_ids for one in self.of_base], self.parent, self.seed + 2)
             parent_kl = trainer.mean_kl(parent)
+            self.before = self.look_at(parent)
             policy.load(weights)
+        else:
+            self.before = self.look_at(parent, moved=False)
         gain_B = trainer.reward.score(candidate) - trainer.reward.score(parent)
         gain = float(gain_B.mean()) - trainer.ppo.kl_price * (kl - parent_kl)
         self.report["score"]["gain"] = gain
         return gate.no_worse(gain, float(gain_B.std()) / math.sqrt(len(gain_B)))
 
     def candidate(self, checks: Sequence[gate.Check]) -> Candidate:
-        return Candidate(self.model.adapter(POLICY).weights(), self.report, GateReport.of(checks))
+        return Candidate(self.model.adapter(POLICY).weights(), self.report, GateReport.of(checks), self.exhibits)
 
     def spend(self, phase: str) -> None:
         """Add the time since the last call to a phase."""

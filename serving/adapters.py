@@ -1,6 +1,6 @@
 """The adapter store: immutable versions of a policy in a folder, and the release that says which of them is served.
 
-    <root>/<policy>/v000012/    adapter_model.safetensors  adapter_config.json  manifest.json
+    <root>/<policy>/v000012/    adapter_model.safetensors  adapter_config.json  manifest.json  (report.html)
     <root>/<policy>/release.json
 
 Publishing is one rename: a version is written beside its place, its manifest last, all of it synced, then renamed. So a
@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -43,6 +43,8 @@ __all__ = [
 _VERSION = re.compile(r"v(\d{6,12})")
 _ANY_NUMBER = re.compile(r"\.?v(\d{6,12})(\..*)?")
 _SIZE_LIMIT = 4 << 30
+PAGE = "report.html"
+"""For people alone: nothing reads it, and no manifest lists it."""
 
 
 class AdapterStore:
@@ -66,10 +68,12 @@ class AdapterStore:
         update: Mapping[str, JsonValue] | None = None,
         gate: Mapping[str, JsonValue] | None = None,
         imported_from: str | None = None,
+        page: Callable[[int], str] | None = None,
     ) -> int:
         """Keep an adapter (weights, or a directory in PEFT's format) as the next version, and return its number.
 
-        It is verified as a server would before anyone can see it; it is served to nobody until it is promoted.
+        It is verified as a server would before anyone can see it; it is served to nobody until it is promoted. `page`: what
+        people are to read of the version of this number, HTML, kept beside the manifest for its owner's eyes alone.
         Raises BadAdapter, StoreBusy, and OSError (a full disk: nothing is left behind but a number never used).
         """
         with locked(self.folder / ".publish.lock"):
@@ -79,6 +83,8 @@ class AdapterStore:
             draft.mkdir()
             try:
                 self._write(draft, adapter, base)
+                if page is not None:
+                    replace(draft / PAGE, page(version).encode(), mode=0o600)
                 manifest = Manifest(
                     policy=self.policy,
                     version=version,
@@ -110,6 +116,10 @@ class AdapterStore:
         """Every whole version, oldest first."""
         found = (_VERSION.fullmatch(path.name) for path in self._entries())
         return sorted(int(match[1]) for match in found if match and (self.folder / match[0] / MANIFEST).is_file())
+
+    def page(self, version: int) -> Path:
+        """Where the version's page lies, if it came with one."""
+        return self._place(version) / PAGE
 
     def manifest(self, version: int) -> Manifest:
         """Raises BadAdapter when there is no such version, or its manifest is not one."""

@@ -16,11 +16,15 @@ class StoreBusy(Exception):
     """Another process has held a lock of the store for too long."""
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Replace a file in one step, and return once that is on disk. The caller holds the lock that names one writer."""
+def replace(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Replace a file in one step, and return once that is on disk. The caller holds the lock that names one writer.
+
+    `mode`: who may read and write it, less what the umask takes away.
+    """
     draft = path.with_name(f".{path.name}.tmp")
+    draft.unlink(missing_ok=True)  # a mode counts only where a file is made
     try:
-        with draft.open("wb") as file:
+        with open(draft, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

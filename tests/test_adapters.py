@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -345,3 +347,35 @@ def test_targets_are_the_linear_modules_but_the_head():
     base = describe_base(gpt2(), chat())
     assert base.targets["transformer.h.1.attn.c_attn"] == (16, 48)
     assert base.fan_in_fan_out
+
+
+def test_a_page_lies_beside_the_manifest_for_its_owner_alone_and_goes_with_the_version(tmp_path: Path) -> None:
+    store, base = AdapterStore(tmp_path, "default"), Base("f" * 64, {"layer.0": (4, 3)})
+    weights = AdapterWeights(1, 1.0, {"layer.0": (torch.ones(1, 4), torch.ones(3, 1))})
+    umask = os.umask(0)
+    try:
+        version = store.publish(weights, parent=0, base=base, page=lambda number: f"<p>v{number} – é")
+    finally:
+        os.umask(umask)
+    assert store.page(version).read_text("utf-8") == "<p>v1 – é"
+    assert stat.S_IMODE(store.page(version).stat().st_mode) == 0o600
+    assert store.page(version).name not in store.manifest(version).files
+    store.verify(version, base)
+    newer = store.publish(weights, parent=1, base=base)
+    assert not store.page(newer).exists()
+    store.change("promote", "operator", version=newer, base=base)
+    assert store.prune(keep=1) == [version]
+    assert not store.page(version).parent.exists()
+
+
+def test_a_page_that_cannot_be_made_publishes_nothing(tmp_path: Path) -> None:
+    store, base = AdapterStore(tmp_path, "default"), Base("f" * 64, {"layer.0": (4, 3)})
+    weights = AdapterWeights(1, 1.0, {"layer.0": (torch.ones(1, 4), torch.ones(3, 1))})
+
+    def torn(version: int) -> str:
+        raise OSError(f"the disk filled up at v{version}")
+
+    with pytest.raises(OSError, match="filled up at v1"):
+        store.publish(weights, parent=0, base=base, page=torn)
+    assert store.versions() == []
+    assert [path.name for path in store.folder.iterdir() if path.name.endswith(".tmp")] == []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,12 +26,15 @@ from learner import checkpoint
 from learner.board import LearnersBoard
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
-from learner.ledger import Ledger
+from learner.exhibits import Exhibits
+from learner.ledger import Ledger, Update
 from learner.loop import Learner
 from learner.metrics import LearnerMetrics
+from learner.phases import Phases
 from learner.release import Releaser
 from learner.state import Judgement, State
 from learner.stopping import Stopping
+from learner.watching import Watcher
 from serving.adapters import AdapterStore, Base
 from serving.config import ServingConfig
 from serving.lora import AdapterWeights
@@ -66,6 +70,7 @@ class Candidate:
     weights: AdapterWeights
     report: dict[str, object]
     gate: Gate
+    exhibits: Exhibits = field(default_factory=Exhibits)
 
 
 @dataclass
@@ -265,6 +270,47 @@ def test_enough_thumbs_become_a_version_that_is_served(world: World):
     assert report["liked"] == {"v0": {"share": 0.5, "count": 4}}
 
 
+def test_an_update_leaves_a_page_beside_its_version_or_where_it_was_refused(
+    world: World, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    world.thumbs(4)
+    world.run()
+    page = world.store.page(1)
+    assert "made v1 from the base" in page.read_text("utf-8")
+    assert f"update 1: its report is {page}" in caplog.text
+    world.trainer.passes = False
+    world.thumbs(4, version=1)
+    world.run()
+    refused = world.config.folder / "reports" / "update-000002.html"
+    assert "reward model knows too little" in refused.read_text("utf-8")
+    assert stat.S_IMODE(refused.stat().st_mode) == 0o600
+    assert f"update 2: its report is {refused}" in caplog.text
+
+
+def test_whoever_watches_is_told_of_phases_batches_and_the_end(world: World):
+    told: list[object] = []
+
+    class Watching(Watcher):
+        def entered(self, phases: Phases) -> None:
+            told.append(phases.phase)
+
+        def batch(self, phases: Phases) -> None:
+            told.append(phases.batches[-1])
+
+        def learned(self, update: Update) -> None:
+            told.append(update.number)
+
+        def over(self) -> None:
+            told.append("over")
+
+    world.learner.notices.watchers = [Watching()]
+    world.trainer.during = lambda: world.learner.progress("ppo", 0.5, {"score": 1.0})
+    world.thumbs(4)
+    world.run()
+    assert told == ["reward", "rollouts", "ppo", {"score": 1.0}, {"score": 1.0}, "gate", 1, "over"]
+
+
 def test_the_next_update_begins_from_what_is_served_and_learns_from_everything(world: World):
     world.thumbs(4)
     world.run()
@@ -447,8 +493,8 @@ def test_feedback_that_comes_during_an_update_is_heard_and_left_for_the_next(wor
     seen: list[str] = []
     progress = world.learner.progress
 
-    def watched(phase: str, fraction: float) -> None:
-        progress(phase, fraction)
+    def watched(phase: str, fraction: float, batch: Mapping[str, float] | None = None) -> None:
+        progress(phase, fraction, batch)
         seen.append(json.loads(world.ask(world.server_board.report("policy")) or "{}")["why"])
 
     world.learner.progress = watched  # type: ignore[method-assign]

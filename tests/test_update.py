@@ -112,7 +112,9 @@ def test_4_the_gradient_does_not_depend_on_the_micro_batches(
 def test_2_the_first_ratio_is_1_and_a_learning_rate_of_0_changes_nothing() -> None:
     found = improver(dataclasses.replace(SMALL, lr=0.0))
     experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
-    assert abs(found.policy_step(experience, list(range(8)))) < 1e-9
+    step = found.policy_step(experience, list(range(8)))
+    assert abs(step.moved) < 1e-9
+    assert step.clipped == 0.0
     assert found.learn_from(experience)["moved"] < 1e-9
 
 
@@ -288,7 +290,7 @@ def learn(trainer: Trainer, judgements: Sequence[Judgement], parent: AdapterWeig
 def test_a_round_brings_a_candidate_a_report_and_a_verdict(trainer: Trainer) -> None:
     phases: list[str] = []
     candidate = trainer.learn(
-        thumbs(trainer), asked(trainer), parent=None, seed=1, progress=lambda phase, _: phases.append(phase)
+        thumbs(trainer), asked(trainer), parent=None, seed=1, progress=lambda phase, *_: phases.append(phase)
     )
     assert [check.name for check in candidate.gate.checks][:4] == ["reward_model", "changed", "no_worse", "kl"]
     assert candidate.gate.checks[0].verdict == "pass"
