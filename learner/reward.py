@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from learner.concordance import concordance
-from learner.crossfit import CrossFit, Member, RewardConfig, chance_nll
+from learner.crossfit import CrossFit, Member, RewardConfig
+from learner.evaluation import Figures, by_channel, compared, rater_agreement
+from learner.evidence import chance_nll
 from learner.features import Tables
+from learner.prepare import NOBODYS
 
 if TYPE_CHECKING:
     from learner.crossfit import States
@@ -35,7 +38,8 @@ class RewardReport:
     raters: int
     folds_by: str
     auroc: float | None
-    """Of cross-fitted predictions; pairs of stars and preferences count as comparisons too. None: nothing to compare."""
+    """Of cross-fitted predictions of what was said of replies overall; pairs of stars, preferences and pairs of a ranking count
+    as comparisons too. None: nothing to compare."""
     auroc_error: float
     comparisons: int
     nll: float
@@ -49,6 +53,12 @@ class RewardReport:
     penalty: float
     agreement: float
     """Mean correlation of two members over the reference's replies."""
+    rater_agreement: float | None = None
+    """Of two people who judged the same: how often they say the same. None: nobody judged what another did."""
+    unseen: Mapping[str, Figures] = field(default_factory=dict)
+    """By kind, with aspect or signal: of cross-fitted predictions, by members that knew neither judgement nor rater."""
+    later: Mapping[str, Figures] = field(default_factory=dict)
+    """The same of the last fifth of the judgements by a fit to those before."""
 
     def lower(self, z: float) -> float:
         """A bound below the true AUROC."""
@@ -101,7 +111,7 @@ class RewardModel:
         shift_K, scale_K = utility_KB.mean(1), utility_KB.std(1).clamp_min(1e-6)
         self.tables = self.tables.rescaled(shift_K, scale_K)
         slope_K = torch.stack([member.links.slope("thumb") for member in members])
-        offset_K = torch.stack([member.links.offset for member in members])
+        offset_K = torch.stack([member.links.offsets["thumb"] for member in members])
         self.slope, self.offset = float((slope_K * scale_K).mean()), float((offset_K + slope_K * shift_K).mean())
         self.shift, self.scale = 0.0, 1.0
         utility_KB = (utility_KB - shift_K[:, None]) / scale_K[:, None]
@@ -133,20 +143,27 @@ class RewardModel:
         """How good the members are, and what they say of the reference's replies, of these lengths."""
         by_prompt = [judgement.reply.prompt_ids for judgement in fit.judgements]
         by_rater = [judgement.user or row for row, judgement in enumerate(fit.judgements)]
-        found = concordance(fit.compared(), [by_prompt, by_rater])
+        found = concordance(compared(fit.unseen()), [by_prompt, by_rater])
+        unseen_loss_J = torch.cat([tried.losses() for tried in fit.tried])
+        unseen = by_channel(fit.unseen())
         return RewardReport(
-            judgements=dict(Counter(judgement.kind for judgement in fit.judgements)),
+            judgements=dict(
+                Counter(judgement.kind for judgement in fit.judgements if judgement.feedback_id != NOBODYS)
+            ),
             raters=len(fit.raters),
             folds_by=fit.by,
             auroc=None if found is None else found.share,
             auroc_error=0.0 if found is None else found.error,
             comparisons=0 if found is None else found.comparisons,
-            nll=float(fit.unseen_loss_J.mean()),
+            nll=float(unseen_loss_J.mean()),
             chance_nll=chance_nll(fit.judgements),
-            calibration_error=fit.calibration_error(),
+            calibration_error=(unseen.get("thumb") or {}).get("ece") or 0.0,
             length_correlation=correlation(self._combine(utility_KB), torch.tensor(lengths).float()),
             penalty=fit.penalty,
             agreement=_agreement(utility_KB),
+            rater_agreement=rater_agreement(fit.judgements),
+            unseen=unseen,
+            later=by_channel(fit.later()),
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
