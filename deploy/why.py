@@ -22,8 +22,7 @@ from learner.config import LearnerConfig
 Json = dict[str, Any]
 
 UNTRAINED = {
-    "kind": "only thumbs, ratings and preferences are learned from; this is kept",
-    "aspect": "only what is said of a reply overall is learned from; an aspect is kept",
+    "kind": "comments are kept for people to read, and not learned from",
     "empty_reply": "the reply has no tokens to learn from",
 }
 DROPPED = {

@@ -22,11 +22,11 @@ class Compared:
     """Judgements that may be compared with one another: same kind, scored by the same member."""
 
     index_J: list[int]
-    """Which judgements these are, for the clusters."""
+    """Which judgements these are, for the clusters; a ranking stands here once for each of its replies."""
     score_J: Tensor
     """The score of the reply; of a preference, chosen less rejected."""
     value_J: Tensor | None
-    """What was said; None for preferences, each of which is a comparison by itself."""
+    """What was said, the better the larger; None for preferences, each of which is a comparison by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +56,16 @@ def concordance(strata: Sequence[Compared], clusters: Sequence[Sequence[Hashable
     `clusters`: ways to group all judgements (by prompt, by rater).
     """
     parts = [part for part in map(_part, strata) if part is not None]
-    total = sum(len(part.index_J) for part in parts)
+    total = sum(len(set(part.index_J)) for part in parts)
     if not total:
         return None
     influence_J = torch.zeros(len(clusters[0]), dtype=torch.double)
     share = chance = 0.0
     for part in parts:
-        weight = len(part.index_J) / total
+        weight = len(set(part.index_J)) / total
         share += weight * part.share
         chance += weight**2 * part.chance_variance
-        influence_J[part.index_J] += weight * part.influence_J
+        influence_J.index_add_(0, torch.tensor(part.index_J), weight * part.influence_J)
     error = max(math.sqrt(chance), *(_clustered(influence_J, grouping) for grouping in clusters))
     return Concordance(share, error, sum(part.comparisons for part in parts))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from feedback.config import Settings
 from serving.config import ServingConfig
@@ -52,6 +54,12 @@ class LearnerConfig(Settings):
         description="megabytes of exchanges and feedback that stay in the learner's state, the newest; 0: all",
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of the learner's random numbers")
+    aspect_weights: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="how much thumbs and ratings on an aspect count beside others, from 0 (not at all) to 100: "
+        "`helpful=1,safe=2`; 1 for an aspect that is not named",
+    )
     learning_rate: float | None = Field(
         None, gt=0, le=0.1, description="learning rate of the policy's adapter; none: by the model's size"
     )
@@ -100,6 +108,19 @@ class LearnerConfig(Settings):
         description="folder of TensorBoard event files, a run an update (`pip install 'heed[tensorboard]'`); none: not written",
     )
 
+    @field_validator("aspect_weights")
+    @classmethod
+    def _weights(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if all(_WEIGHT.fullmatch(one) and float(one.partition("=")[2]) <= 100 for one in value or ()):
+            return value
+        raise ValueError("must be aspect=weight, or several of them separated by commas, with weights from 0 to 100")
+
+    @property
+    def aspects(self) -> Mapping[str, float]:
+        """The weight of each aspect that is named."""
+        parts = (one.partition("=") for one in self.aspect_weights or ())
+        return {aspect: float(weight) for aspect, _, weight in parts}
+
     @property
     def folder(self) -> Path:
         """Where the learner keeps its state and checkpoints."""
@@ -109,3 +130,6 @@ class LearnerConfig(Settings):
     def few(self) -> int:
         """New judgements that start an update once the interval has passed, or after one whose reward model knew too little."""
         return min(FEW, self.update_min_feedback)
+
+
+_WEIGHT = re.compile(r"[a-z][a-z0-9_-]{0,39}=[0-9]+(\.[0-9]+)?")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from learner.crossfit import RewardConfig, weigh
+from learner.crossfit import RewardConfig
+from learner.evidence import weigh
 from learner.improve import POLICY, Experience, Improver, PPOConfig, Scorer
 from learner.model import Batch, LearnerModel, Tokens
 from learner.rollouts import Sampler
@@ -58,10 +59,12 @@ class Example:
 
 
 def opinions(judgements: Sequence[Judgement]) -> list[Example]:
-    """Each reply with whether it was liked; of a preference the chosen one was, and the other was not."""
+    """Each reply with whether it was liked; of two that were compared the better one was, the other not."""
     found: list[Example] = []
     for one, weight in zip(judgements, weigh(judgements, RewardConfig()), strict=True):
-        liked = one.kind == "preference" or one.value >= (LIKED_STARS if one.kind == "rating" else 1)
+        if one.kind == "signal":  # what somebody did is no opinion
+            continue
+        liked = one.other is not None or one.value >= (LIKED_STARS if one.kind == "rating" else 1)
         found.append(Example(one.reply, None, weight) if liked else Example(None, one.reply, weight))
         if one.other is not None:
             found.append(Example(None, one.other, weight))

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from feedback.events import FEEDBACK, Exchange, Feedback, NewerSchema, Retraction, parse_event
 from feedback.log import Record
 
-TRAINABLE = ("thumb", "rating", "preference")
+TRAINABLE = ("thumb", "rating", "preference", "ranking", "correction", "signal")
 OPINIONS = ("thumb", "rating")
 _REPLIES = {"preference": (2, 2), "ranking": (2, 1_000_000)}
 
@@ -223,12 +223,12 @@ class Joiner:
         An exchange that was too old to be kept when the feedback was given is not there, even where it still is.
         """
         row = self.db.execute(
-            "SELECT kind, aspect, at, status FROM feedback WHERE id = ? AND (status = 'pending' OR reason = 'no_exchange')",
+            "SELECT kind, at, status FROM feedback WHERE id = ? AND (status = 'pending' OR reason = 'no_exchange')",
             (feedback_id,),
         ).fetchone()
         if row is None:
             return
-        kind, aspect, at, status = row
+        kind, at, status = row
         rows = self.db.execute(
             "SELECT e.policy, e.base, e.reply_ids FROM about a LEFT JOIN exchanges e"
             " ON e.reply_id = a.reply_id AND e.at >= ? WHERE a.feedback_id = ?",
@@ -239,7 +239,7 @@ class Joiner:
             return
         self.db.execute(
             "UPDATE feedback SET status = 'joined', reason = NULL, policy = ?, base = ?, untrained = ? WHERE id = ?",
-            (_only(policies), _only(bases), _untrained(kind, aspect, replies), feedback_id),
+            (_only(policies), _only(bases), _untrained(kind, replies), feedback_id),
         )
         if status == "dropped":
             self.count("late")
@@ -281,12 +281,10 @@ def _only(values: set[str]) -> str | None:
     return next(iter(values)) if len(values) == 1 else None
 
 
-def _untrained(kind: str, aspect: str, replies: set[str]) -> str | None:
+def _untrained(kind: str, replies: set[str]) -> str | None:
     """Why the reward model does not learn from this feedback; None where it does."""
     if kind not in TRAINABLE:
         return "kind"
-    if aspect != "overall":
-        return "aspect"
     if "[]" in replies:
         return "empty_reply"
     return None

@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from learner.concordance import concordance
-from learner.crossfit import CrossFit, Member, RewardConfig, chance_nll
+from learner.crossfit import CrossFit, Member, RewardConfig
+from learner.evaluation import Bin, Figures, by_channel, calibration, compared, rater_agreement
+from learner.evidence import chance_nll
 from learner.features import Tables
+from learner.prepare import NOBODYS
 
 if TYPE_CHECKING:
     from learner.crossfit import States
@@ -35,7 +38,8 @@ class RewardReport:
     raters: int
     folds_by: str
     auroc: float | None
-    """Of cross-fitted predictions; pairs of stars and preferences count as comparisons too. None: nothing to compare."""
+    """Of cross-fitted predictions of what was said of replies overall; pairs of stars, preferences and pairs of a ranking count
+    as comparisons too. None: nothing to compare."""
     auroc_error: float
     comparisons: int
     nll: float
@@ -49,8 +53,14 @@ class RewardReport:
     penalty: float
     agreement: float
     """Mean correlation of two members over the reference's replies."""
-    calibration: list[tuple[float, float, int]] = field(default_factory=list)
+    calibration: list[Bin] = field(default_factory=list)
     """Of unseen thumbs, in up to ten bins: the chance of a thumb up foretold, the share seen, and how many."""
+    rater_agreement: float | None = None
+    """Of two people who judged the same: how often they say the same. None: nobody judged what another did."""
+    unseen: Mapping[str, Figures] = field(default_factory=dict)
+    """By kind, with aspect or signal: of cross-fitted predictions, by members that knew neither judgement nor rater."""
+    later: Mapping[str, Figures] = field(default_factory=dict)
+    """The same of the last fifth of the judgements by a fit to those before."""
 
     def lower(self, z: float) -> float:
         """A bound below the true AUROC."""
@@ -105,7 +115,7 @@ class RewardModel:
         shift_K, scale_K = utility_KB.mean(1), utility_KB.std(1).clamp_min(1e-6)
         self.tables = self.tables.rescaled(shift_K, scale_K)
         slope_K = torch.stack([member.links.slope("thumb") for member in members])
-        offset_K = torch.stack([member.links.offset for member in members])
+        offset_K = torch.stack([member.links.offsets["thumb"] for member in members])
         self.slope, self.offset = float((slope_K * scale_K).mean()), float((offset_K + slope_K * shift_K).mean())
         self.shift, self.scale = 0.0, 1.0
         utility_KB = (utility_KB - shift_K[:, None]) / scale_K[:, None]
@@ -137,23 +147,28 @@ class RewardModel:
         """How good the members are, and what they say of the reference's replies, of these lengths."""
         by_prompt = [judgement.reply.prompt_ids for judgement in fit.judgements]
         by_rater = [judgement.user or row for row, judgement in enumerate(fit.judgements)]
-        found = concordance(fit.compared(), [by_prompt, by_rater])
-        calibration = fit.calibration()
-        gaps = [count * abs(foretold - seen) for foretold, seen, count in calibration]
+        found = concordance(compared(fit.unseen()), [by_prompt, by_rater])
+        unseen_loss_J = torch.cat([tried.losses() for tried in fit.tried])
+        unseen = by_channel(fit.unseen())
         return RewardReport(
-            judgements=dict(Counter(judgement.kind for judgement in fit.judgements)),
+            judgements=dict(
+                Counter(judgement.kind for judgement in fit.judgements if judgement.feedback_id != NOBODYS)
+            ),
             raters=len(fit.raters),
             folds_by=fit.by,
             auroc=None if found is None else found.share,
             auroc_error=0.0 if found is None else found.error,
             comparisons=0 if found is None else found.comparisons,
-            nll=float(fit.unseen_loss_J.mean()),
+            nll=float(unseen_loss_J.mean()),
             chance_nll=chance_nll(fit.judgements),
-            calibration_error=sum(gaps) / max(sum(count for _, _, count in calibration), 1),
+            calibration_error=(unseen.get("thumb") or {}).get("ece") or 0.0,
             length_correlation=correlation(self._combine(utility_KB), torch.tensor(lengths).float()),
             penalty=fit.penalty,
             agreement=_agreement(utility_KB),
-            calibration=calibration,
+            rater_agreement=rater_agreement(fit.judgements),
+            unseen=unseen,
+            later=by_channel(fit.later()),
+            calibration=calibration(fit.unseen(), "thumb"),
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

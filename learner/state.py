@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from feedback.board import Story
-from feedback.events import SCHEMA
+from feedback.events import SCHEMA, Message
 from feedback.keeping import EVERYTHING, Keep
 from feedback.log import Record
 from learner.joining import Joiner
@@ -36,10 +37,20 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """One live thumb, rating or preference on replies of this base and policy.
+class Correction:
+    """What a reply to these messages should have been."""
 
-    `value` is 1 or 0 for a thumb, 1 to 5 for a rating, 1 for a preference, whose `reply` was chosen over `other`.
+    messages: tuple[Message, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One live piece of feedback that the reward model can learn from, on replies of this base and policy.
+
+    `value` is 1 or 0 for a thumb, 1 to 5 for a rating, what came with a signal (1 if nothing did), else 1. Of a preference and
+    a ranking `reply` is the best and `other` the next; a correction is about `reply` until it is prepared (learner/prepare.py):
+    then `reply` is as it should have been, and `other` as it was.
     """
 
     feedback_id: str
@@ -49,6 +60,14 @@ class Judgement:
     reply: Sample
     other: Sample | None
     at: float
+    aspect: str = "overall"
+    signal: str | None = None
+    """The signal's name."""
+    correction: Correction | None = None
+    ranked: tuple[Sample, ...] = ()
+    """All replies of a ranking, from best to worst."""
+    weight: float = 1.0
+    """How much it counts beside others of its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +81,8 @@ class StoryLine:
 
 # of the feedback in table f: it counts now, and the reward model of this policy and base learns from it
 LEARNED_FROM = "f.status = 'joined' AND f.untrained IS NULL AND f.policy = :policy AND f.base = :base"
+# of those: what starts an update when enough of it is new
+STARTS = "f.kind IN ('thumb', 'rating', 'preference') AND f.learned_in IS NULL"
 
 
 # of the exchange in table e: a version of ours said it (Exchange.live)
@@ -156,29 +177,30 @@ class State:
         return max(len(old), gone) == most
 
     def judgement_count(self, *, fresh: bool) -> int:
-        """Judgements that count now; with `fresh`, those that no update has learned from yet."""
-        return self._count("AND learned_in IS NULL" if fresh else "")
+        """All that is learned from now; with `fresh`, thumbs, ratings and preferences that no update has learned from yet."""
+        return self._count(f"AND {STARTS}" if fresh else "")
 
     def oldest_fresh_at(self) -> float | None:
         """When the oldest fresh judgement was accepted."""
-        query = f"SELECT min(at) FROM feedback f WHERE {LEARNED_FROM} AND learned_in IS NULL"
+        query = f"SELECT min(at) FROM feedback f WHERE {LEARNED_FROM} AND {STARTS}"
         at: float | None = self.db.execute(query, self.line).fetchone()[0]
         return at
 
     def judgements(self, most: int = -1) -> list[Judgement]:
-        """The judgements that count now, in the order in which they were given; with `most`, the newest so many."""
+        """What the reward model learns from now, in the order in which it was given; with `most`, the newest so many.
+
+        Signals come last there: a page may send one with every click.
+        """
         rows = self.db.execute(
-            "SELECT f.id, f.kind, f.user, f.value, f.at, e.reply_id, e.prompt_ids, e.reply_ids, e.version,"
-            " o.reply_id, o.prompt_ids, o.reply_ids, o.version"
+            "SELECT f.id, f.kind, f.user, f.value, f.at, f.aspect, f.event,"
+            " iif(f.kind = 'correction', json_extract(e.event, '$.content.messages'), '[]'),"
+            " e.reply_id, e.prompt_ids, e.reply_ids, e.version, o.reply_id, o.prompt_ids, o.reply_ids, o.version"
             " FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
             " LEFT JOIN exchanges o ON o.reply_id = f.other_id"
-            f" WHERE {LEARNED_FROM} ORDER BY f.at DESC, f.id DESC LIMIT :most",
+            f" WHERE {LEARNED_FROM} ORDER BY f.kind = 'signal', f.at DESC, f.id DESC LIMIT :most",
             {**self.line, "most": most},
         ).fetchall()
-        return [
-            Judgement(id_, kind, user, 1.0 if value is None else value, _sample(*pair[:4]), _other(*pair[4:]), at)
-            for id_, kind, user, value, at, *pair in reversed(rows)
-        ]
+        return sorted(map(self._judgement, rows), key=lambda one: (one.at, one.feedback_id))
 
     def prompts(self, most: int) -> list[tuple[int, ...]]:
         """Token ids of the distinct prompts that people sent, the newest first, at most so many."""
@@ -254,6 +276,31 @@ class State:
         lines = sorted(json.dumps(row) for rows in (fates, counted) for row in rows)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
+    def _judgement(self, row: Sequence[Any]) -> Judgement:
+        id_, kind, user, value, at, aspect, event, messages, *pair = row
+        said = json.loads(event)
+        return Judgement(
+            id_,
+            kind,
+            user,
+            1.0 if value is None else value,
+            _sample(*pair[:4]),
+            _other(*pair[4:]),
+            at,
+            aspect,
+            signal=said.get("signal"),
+            correction=_correction(messages, said["content"].get("text")) if kind == "correction" else None,
+            ranked=self._samples(said["reply_ids"]) if kind == "ranking" else (),
+        )
+
+    def _samples(self, reply_ids: Sequence[str]) -> tuple[Sample, ...]:
+        rows = self.db.execute(
+            "SELECT e.reply_id, e.prompt_ids, e.reply_ids, e.version FROM json_each(?) named"
+            " JOIN exchanges e ON e.reply_id = named.value ORDER BY named.key",
+            (json.dumps(reply_ids),),
+        )
+        return tuple(_sample(*row) for row in rows)
+
     def _oldest_that_fits(self) -> float:
         """The time from which on all exchanges and feedback fit the size that is kept."""
         sizes = "SELECT at, size FROM exchanges UNION ALL SELECT at, size FROM feedback"
@@ -297,3 +344,7 @@ def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int) -> Sam
 
 def _other(reply_id: str | None, prompt_ids: str, reply_ids: str, version: int) -> Sample | None:
     return None if reply_id is None else _sample(reply_id, prompt_ids, reply_ids, version)
+
+
+def _correction(messages: str, text: str | None) -> Correction:
+    return Correction(tuple(map(Message.model_validate, json.loads(messages))), text or "")

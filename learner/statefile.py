@@ -127,7 +127,15 @@ UPDATE feedback SET policy = NULL, base = NULL, untrained = NULL WHERE status !=
 CREATE INDEX imported ON exchanges (reply_id) WHERE json_extract(event, '$.source') = 'imported';
 """
 
-SCRIPTS = (_TABLES, _PARTITIONS)
+# Rankings, corrections, signals and what is said of an aspect are learned from.
+_EVERY_KIND = """
+UPDATE feedback
+    SET untrained = (SELECT 'empty_reply' FROM about a JOIN exchanges e ON e.reply_id = a.reply_id
+                     WHERE a.feedback_id = feedback.id AND e.reply_ids = '[]')
+    WHERE untrained = 'aspect' OR untrained = 'kind' AND kind != 'comment';
+"""
+
+SCRIPTS = (_TABLES, _PARTITIONS, _EVERY_KIND)
 """What makes each schema from the one before it; the first, from nothing."""
 
 STATE_SCHEMA = len(SCRIPTS)

@@ -25,6 +25,7 @@ from learner.exhibits import Exhibits, Reply, first_of_each, looked_at, pairs
 from learner.gate import GateReport
 from learner.improve import POLICY, Improver, PolicyReport, PPOConfig, Progress
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
+from learner.prepare import prepare
 from learner.reward import RewardModel, RewardReport
 from learner.rollouts import Prompt, Rollout, Sampler, Shape, shuffled
 from learner.state import Judgement
@@ -73,7 +74,7 @@ class Trainer:
         self.reward = RewardModel(
             model.get_input_embeddings().get_parameter("weight").float().cpu(),
             self.chat.eos_ids,
-            RewardConfig(),
+            RewardConfig(aspects=config.aspects),
             self.states,
         )
         reach = getattr(model.config, "max_position_embeddings", None) or ROLLOUT_CONTEXT
@@ -154,7 +155,7 @@ class Round:
         progress: Progress,
     ) -> None:
         self.trainer, self.model, self.config = trainer, trainer.model, trainer.config
-        self.judgements, self.parent = judgements, parent
+        self.parent = parent
         self.asked = len(prompts)
         room = trainer.max_len - trainer.config.rollout_tokens
         self.prompts = [prompt for prompt in prompts if len(prompt) <= room]  # those that leave room for a whole reply
@@ -162,6 +163,7 @@ class Round:
         self.report: dict[str, Any] = {"seconds": {"reward": 0.0, "rollouts": 0.0, "ppo": 0.0, "gate": 0.0}}
         self.exhibits = Exhibits()
         self.clock = time.perf_counter()
+        self.judgements = self.prepare(judgements)
 
     def run(self) -> Candidate:
         """Reward model, then policy, then gate; what the reward model does not know moves nothing."""
@@ -179,6 +181,17 @@ class Round:
             return self.candidate([known, *gate.skipped([*names, *(["probes"] if self.trainer.probes else [])])])
         self.improve()
         return self.candidate([known, *self.checks()])
+
+    def prepare(self, judgements: Sequence[Judgement]) -> list[Judgement]:
+        """What there is to learn from once what says nothing, or says it twice, is left out."""
+        chat, aspects = self.trainer.chat, self.config.aspects
+        prepared = prepare(
+            judgements,
+            lambda correction: chat.encode_answered(correction.messages, correction.text)[1],
+            [aspect for aspect, weight in aspects.items() if weight == 0],
+        )
+        self.report["feedback"] = {"given": len(judgements), "dropped": dict(prepared.dropped)}
+        return prepared.judgements
 
     def fit_reward(self) -> RewardReport:
         """Learn what people like from all judgements, on the scale of the base's own replies."""

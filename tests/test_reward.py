@@ -13,7 +13,8 @@ from torch import Tensor
 
 from learner import gate
 from learner.concordance import Compared, concordance
-from learner.crossfit import CrossFit, RewardConfig, chance_nll, deal, weigh
+from learner.crossfit import CrossFit, RewardConfig, deal
+from learner.evidence import chance_nll, weigh
 from learner.features import Features
 from learner.losses import Links, preference_loss, rating_loss, thumb_loss
 from learner.model import Tokens

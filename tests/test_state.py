@@ -157,7 +157,7 @@ def test_a_retracted_opinion_still_replaced_the_one_before_it(state: State):
     assert statuses(state) == {"first": ("retracted", None), "second": ("retracted", None)}
 
 
-def test_every_kind_is_joined_and_three_are_learned_from(state: State):
+def test_every_kind_is_joined_and_all_but_comments_are_learned_from(state: State):
     state.absorb(
         records(
             exchange("r"),
@@ -174,8 +174,12 @@ def test_every_kind_is_joined_and_three_are_learned_from(state: State):
         NOW,
     )
     assert {status for status, _ in statuses(state).values()} == {"joined"}
-    assert {judgement.kind for judgement in state.judgements()} == {"thumb", "rating", "preference"}
-    assert feedback_counts(state)["not_learned_from"] == {"kind": 4, "aspect": 1}
+    assert {one.feedback_id for one in state.judgements()} == {
+        "thumb", "rating", "preference", "ranking", "correction", "signal", "aspect",
+    }  # fmt: skip
+    assert feedback_counts(state)["not_learned_from"] == {"kind": 1}
+    assert state.judgement_count(fresh=False) == 7
+    assert state.judgement_count(fresh=True) == 4  # rankings, corrections and signals start no update
 
 
 def test_what_cannot_be_learned_from_is_kept_and_counted(state: State):
@@ -400,7 +404,7 @@ def test_a_state_of_a_newer_heed_is_refused(tmp_path: Path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 7")
     db.close()
-    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 2.*heed learn --rebuild"):
+    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 3.*heed learn --rebuild"):
         open_state(path)
 
 

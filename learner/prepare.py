@@ -1,0 +1,164 @@
+"""From what people said to what the reward model learns from: in one shape, said once, and not taken back in the next breath.
+
+Nothing is made up on the way but one thing: who copies one reply says nothing of the others, so that of each signal the judged
+replies that did not get it stand against those that did.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from learner.state import Correction, Judgement, Sample
+
+WHOLE_EDIT = 8
+"""Tokens changed from which on a correction counts in full."""
+NOBODYS = ""
+"""Id of what nobody said: that a reply did not get a signal."""
+LIKED, DISLIKED = 4, 2
+"""Stars from which on, and up to which, a rating says yes or no."""
+
+Claim = tuple[Hashable, int]
+"""Something that can be said or denied of a reply or of two, and which of the two was done (1 or −1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the reward model learns from, and how many judgements were left out for which reason."""
+
+    judgements: list[Judgement]
+    dropped: Mapping[str, int]
+    """`empty`: it says nothing. `same`: the replies that it compares are the same. `aspect`: of an aspect that weighs nothing.
+    `duplicate`: the same person said it of the same reply before. `contradictory`: and the opposite too."""
+
+
+def prepare(
+    judgements: Sequence[Judgement], reply_ids: Callable[[Correction], Sequence[int]], unweighted: Collection[str] = ()
+) -> Prepared:
+    """Judgements in the order given. `reply_ids`: tokens of a corrected reply; `unweighted`: aspects that do not count."""
+    shaped = [_shaped(judgement, reply_ids, unweighted) for judgement in judgements]
+    dropped = Counter(one for one in shaped if isinstance(one, str))
+    kept = [one for one in shaped if not isinstance(one, str)]
+    for reason, without in (("duplicate", _once), ("contradictory", _consistent)):
+        left = without(kept)
+        dropped[reason], kept = len(kept) - len(left), left
+    signals = [one for one in kept if one.kind == "signal"]
+    others = [one for one in kept if one.kind != "signal"]
+    return Prepared([*others, *_contrasted(signals, others)], dict(+dropped))
+
+
+def claims(judgement: Judgement) -> Iterator[Claim]:
+    """What the judgement claims. Three stars claim nothing, nor does a signal."""
+    kind, value = judgement.kind, judgement.value
+    if kind in ("thumb", "rating"):
+        good, bad = (value == 1, value == 0) if kind == "thumb" else (value >= LIKED, value <= DISLIKED)
+        if good or bad:
+            yield (judgement.aspect, _text(judgement.reply)), 1 if good else -1
+    elif kind != "signal":
+        for better, worse in combinations(map(_text, replies(judgement)), 2):
+            if better != worse:
+                yield frozenset((better, worse)), 1 if better < worse else -1
+
+
+def replies(judgement: Judgement) -> Sequence[Sample]:
+    """Every reply that the judgement is about, from best to worst where there is an order."""
+    return judgement.ranked or [one for one in (judgement.reply, judgement.other) if one is not None]
+
+
+def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens to put in, take out or replace so that one becomes the other (Levenshtein)."""
+    row = list(range(len(other) + 1))
+    for number, token in enumerate(one, 1):
+        left, row = row, [number]
+        for place, wanted in enumerate(other, 1):
+            row.append(min(left[place] + 1, row[-1] + 1, left[place - 1] + (token != wanted)))
+    return row[-1]
+
+
+def _shaped(
+    judgement: Judgement, reply_ids: Callable[[Correction], Sequence[int]], unweighted: Collection[str]
+) -> Judgement | str:
+    """The judgement as its loss takes it, or why it is left out."""
+    if judgement.aspect in unweighted:
+        return "aspect"
+    if judgement.kind == "signal":
+        if judgement.signal is None:
+            return "empty"
+        dwelt = judgement.signal == "dwell"
+        return judgement if dwelt else replace(judgement, value=float(judgement.value > 0))
+    if judgement.kind == "correction":
+        if judgement.correction is None or not judgement.correction.text.strip():
+            return "empty"
+        judgement = _edited(judgement, reply_ids(judgement.correction))
+    order = replies(judgement)
+    if len(order) > 1 and len(set(map(_text, order))) == 1:
+        return "same"
+    return judgement
+
+
+def _edited(judgement: Judgement, reply_ids: Sequence[int]) -> Judgement:
+    """A correction as a preference of what should have been said, the stronger the more was changed (2601.19055)."""
+    was = judgement.reply
+    changed = edit_distance(was.reply_ids, reply_ids)
+    return replace(
+        judgement,
+        reply=replace(was, reply_ids=tuple(reply_ids)),
+        other=was,
+        weight=min(changed, WHOLE_EDIT) / WHOLE_EDIT,
+    )
+
+
+def _once(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Of what a named person said several times, word for word, the first."""
+    seen: dict[Hashable, Judgement] = {}
+    for row, one in enumerate(judgements):
+        said = (one.user, one.kind, one.aspect, one.signal, one.value, *map(_text, replies(one)))
+        seen.setdefault(said if one.user else row, one)
+    return list(seen.values())
+
+
+def _consistent(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Without what a named person both said and denied, of one reply and aspect or of the same two replies."""
+    sides: defaultdict[Hashable, set[int]] = defaultdict(set)
+    for one in judgements:
+        for subject, side in claims(one):
+            sides[one.user, subject].add(side)
+
+    def denied(one: Judgement) -> bool:
+        return one.user is not None and any(len(sides[one.user, subject]) > 1 for subject, _ in claims(one))
+
+    return [one for one in judgements if not denied(one)]
+
+
+def _contrasted(signals: Sequence[Judgement], others: Sequence[Judgement]) -> list[Judgement]:
+    """Signals, each name with as much weight on replies that did not get it as on those that did; a dwell is long or short."""
+    served: dict[Hashable, tuple[Sample, float]] = {}
+    for one in [*signals, *others]:
+        for sample in replies(one)[one.kind == "correction" :]:  # the corrected text was served to nobody
+            served.setdefault(_text(sample), (sample, one.at))
+    found: list[Judgement] = []
+    for name in dict.fromkeys(one.signal for one in signals):
+        came = [one for one in signals if one.signal == name]
+        if name == "dwell":
+            middle = statistics.median(one.value for one in came)
+            found += [replace(one, value=float(one.value > middle)) for one in came]
+            continue
+        got = {_text(one.reply) for one in came}
+        silent = [place for text, place in served.items() if text not in got]
+        weight = min(1.0, sum(one.value for one in came) / max(len(silent), 1))
+        found += came
+        found += [
+            replace(came[0], feedback_id=NOBODYS, user=None, value=0.0, reply=sample, at=at, weight=weight)
+            for sample, at in silent
+        ]
+    return found
+
+
+def _text(sample: Sample) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What was said to what: the same reply served twice is one reply."""
+    return sample.prompt_ids, sample.reply_ids
