@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learner.improve import POLICY
 from learner.model import Batch
+from learner.prepare import replies
 
 if TYPE_CHECKING:
     from learner.model import LearnerModel
@@ -94,15 +95,15 @@ def looked_at(
     rollouts: Sequence[Rollout], model: LearnerModel, reward: RewardModel, chat: Chat, *, moved: bool
 ) -> list[Reply]:
     """Replies of the policy as it is now; `moved` False: of the bare base, whose KL to itself is 0."""
-    replies = []
+    looked = []
     for rollout in rollouts:
         batch = Batch.of([rollout])
         found = model.compare(batch, POLICY)
         kl_T = found.kl_BT[batch.mask_BT] if moved else torch.zeros(len(rollout.reply_ids))
         [running_T] = reward.running([rollout], found.states_BS)
         pieces = pieces_of(rollout.reply_ids, kl_T.tolist(), running_T.diff().tolist(), chat)
-        replies.append(Reply(rollout.prompt_ids, pieces, float(running_T[-1]), found.states_BS[0]))
-    return replies
+        looked.append(Reply(rollout.prompt_ids, pieces, float(running_T[-1]), found.states_BS[0]))
+    return looked
 
 
 def pieces_of(ids: Sequence[int], kls: Sequence[float], worths: Sequence[float], chat: Chat) -> tuple[Piece, ...]:
@@ -120,12 +121,12 @@ def pieces_of(ids: Sequence[int], kls: Sequence[float], worths: Sequence[float],
 
 
 def most_alike(
-    replies: Sequence[Reply], rated: Sequence[Sample], states_NS: Tensor, count: int = ALIKE
+    shown: Sequence[Reply], rated: Sequence[Sample], states_NS: Tensor, count: int = ALIKE
 ) -> list[list[int]]:
     """For each reply the rated ones (by row of `states_NS`) whose states point most nearly the same way, nearest first."""
     centre_S, spread_S = states_NS.mean(0), states_NS.std(0, correction=0).clamp_min(1e-6)
     rated_NS = torch.nn.functional.normalize((states_NS - centre_S) / spread_S, dim=1)
-    own_BS = torch.stack([(reply.state_S - centre_S) / spread_S for reply in replies])
+    own_BS = torch.stack([(reply.state_S - centre_S) / spread_S for reply in shown])
     return (own_BS @ rated_NS.T).topk(min(count, len(rated)), dim=1).indices.tolist()
 
 
@@ -133,21 +134,30 @@ def said_of(judgements: Sequence[Judgement]) -> Mapping[tuple[tuple[int, ...], t
     """Prompt and reply → what people said of it, in words: "2 thumbs up, 1 thumb down"."""
     counts: defaultdict[tuple[tuple[int, ...], tuple[int, ...]], Counter[str]] = defaultdict(Counter)
     for judgement in judgements:
-        counts[judgement.reply.prompt_ids, judgement.reply.reply_ids][_words(judgement)] += 1
-        if judgement.other is not None:
-            counts[judgement.other.prompt_ids, judgement.other.reply_ids]["the other one preferred"] += 1
+        for sample, word in zip(replies(judgement), _words(judgement), strict=True):
+            counts[sample.prompt_ids, sample.reply_ids][word] += 1
     return {
         reply: ", ".join(f"{word} × {count}" if count > 1 else word for word, count in said.most_common())
         for reply, said in counts.items()
     }
 
 
-def _words(judgement: Judgement) -> str:
-    if judgement.kind == "thumb":
-        return "thumb up" if judgement.value else "thumb down"
-    if judgement.kind == "rating":
-        return f"{judgement.value:.0f} of 5 stars"
-    return "preferred"
+def _words(judgement: Judgement) -> tuple[str, ...]:
+    """What was said of each of the judgement's replies."""
+    of = "" if judgement.aspect == "overall" else f" for {judgement.aspect}"
+    match judgement.kind:
+        case "thumb":
+            return (f"thumb {'up' if judgement.value else 'down'}{of}",)
+        case "rating":
+            return (f"{judgement.value:.0f} of 5 stars{of}",)
+        case "signal":
+            return (f"{judgement.signal}" if judgement.value else f"no {judgement.signal}",)
+        case "correction":
+            return "written as a correction", "corrected"
+        case "ranking":
+            return tuple(f"place {place} of {len(judgement.ranked)}" for place, _ in enumerate(judgement.ranked, 1))
+        case _:
+            return "preferred", "the other one preferred"
 
 
 def pairs(

@@ -10,7 +10,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from feedback.raters import Rater, Taste, crowd, taste
 from learner import corpus
 from learner.config import LearnerConfig
-from learner.improve import POLICY
+from learner.improve import POLICY, Progress
 from learner.rollouts import Prompt, Rollout
 from learner.state import Judgement, Sample
 from learner.update import Trainer
@@ -63,7 +63,7 @@ def run_cell(
     objective: str = "ppo",
     kind: Kind = "thumb",
     config: LearnerConfig | None = None,
-    progress: Callable[[str, float], None] = lambda phase, fraction: None,
+    progress: Progress = lambda phase, fraction, batch=None: None,
 ) -> Json:
     """One run, from simulated feedback to a row of a table: `count` judgements of people who want the taste `wanted`.
 
