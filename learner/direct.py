@@ -1,6 +1,6 @@
 """Straight from judged replies, without a reward model: KTO, DPO, and SFT on what was liked. Baselines beside PPO.
 
-They move the same adapter away from the same reference, and fresh replies after each pass say how far: the KL limit ends the
+They move the same adapter away from the same reference, and fresh replies after each batch say how far: the KL limit ends the
 update as it ends PPO's. Axes: B replies; h is log π − log π_ref summed over a reply.
 
 References: KTO (2402.01306), DPO (2305.18290).
@@ -9,9 +9,10 @@ References: KTO (2402.01306), DPO (2305.18290).
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,7 +148,7 @@ EXAMPLES: Mapping[str, Callable[[Sequence[Judgement]], list[Example]]] = {"kto":
 
 
 class Direct(Improver):
-    """An update whose batches are passes over the feedback; its rollouts only show where the policy is."""
+    """An update whose batches are judged replies; its rollouts only show where the policy is."""
 
     def __init__(
         self,
@@ -159,10 +160,10 @@ class Direct(Improver):
         judgements: Sequence[Judgement],
     ) -> None:
         """`reward` is asked for the report alone: nothing is learned from its scores, nor chosen by them."""
-        look = replace(config, objective="reinforce", batches=min(config.batches, PASSES))
-        super().__init__(model, reward, sampler, look, seed)
-        self.name = config.objective
-        self.examples = EXAMPLES[self.name](judgements)
+        self.name, self.examples = config.objective, EXAMPLES[config.objective](judgements)
+        batches = min(config.batches, math.ceil(PASSES * max(len(self.examples), 1) / config.rollouts))
+        super().__init__(model, reward, sampler, replace(config, objective="reinforce", batches=batches), seed)
+        self.queue = self.rounds()
 
     def gains_nothing(self, batches: Sequence[dict[str, float]]) -> bool:  # noqa: ARG002 (no score is trusted to say so)
         return False
@@ -170,11 +171,16 @@ class Direct(Improver):
     def choose(self, batches: Sequence[dict[str, float]]) -> int:
         return len(batches) - 1
 
+    def rounds(self) -> Iterator[Example]:
+        """All examples in random order, again and again, each round in another order."""
+        while self.examples:
+            yield from self.random.sample(self.examples, len(self.examples))
+
     def learn_from(self, experience: Experience) -> dict[str, float]:  # noqa: ARG002 (the feedback is the experience)
-        """A pass over the feedback."""
-        order = self.random.sample(self.examples, len(self.examples))
-        steps = range(0, len(order), self.config.minibatch)
-        losses = [self.feedback_step(order[start : start + self.config.minibatch]) for start in steps]
+        """Steps on as many judged replies as a batch has rollouts."""
+        batch = list(itertools.islice(self.queue, self.config.rollouts))
+        steps = range(0, len(batch), self.config.minibatch)
+        losses = [self.feedback_step(batch[start : start + self.config.minibatch]) for start in steps]
         return {"loss": statistics.fmean(losses)} if losses else {}
 
     def feedback_step(self, examples: Sequence[Example]) -> float:
@@ -195,7 +201,7 @@ class Direct(Improver):
         found = self.each(work, batch, [row for row, pull in enumerate(pull_B.tolist()) if pull])
         if found:
             self.step([gradients for _, gradients in found], skip=False)
-        return float(loss)
+        return loss.item()
 
     @torch.no_grad()
     def log_ratios(self, batch: Batch) -> Tensor:

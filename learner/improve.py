@@ -147,7 +147,9 @@ class PolicyReport:
 def objective_of(config: PPOConfig) -> Objective:
     """The objective of that name, with its settings. Raises KeyError."""
     known: dict[str, Objective] = {
-        "ppo": PPO(config.epochs, config.gamma, config.lam, config.clip, config.dual_clip),
+        "ppo": PPO(
+            epochs=config.epochs, gamma=config.gamma, lam=config.lam, clip=config.clip, dual_clip=config.dual_clip
+        ),
         "a2c": a2c(config.gamma, config.lam),
         "reinforce": Reinforce(gamma=config.gamma),
         "rloo": RLOO(samples=config.samples),

@@ -46,7 +46,7 @@ class Objective(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PPO:
     """A critic, GAE, and a clipped surrogate, so that a batch may be used more than once."""
 
@@ -72,7 +72,7 @@ def a2c(gamma: float, lam: float) -> PPO:
     return PPO(epochs=1, gamma=gamma, lam=lam, clip=math.inf, dual_clip=math.inf)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reinforce:
     """−Σ A·log π ÷ tokens with A = G − V, what was still to come less a baseline: the gradient as defined (Williams 1992)."""
 
@@ -89,7 +89,7 @@ class Reinforce:
         return -ppo.masked_sum(weighed_BT, mask_BT) / tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RLOO(Reinforce):
     """REINFORCE on whole replies, the baseline of each being the mean of the other replies to its prompt (2402.14740, eq. 6)."""
 

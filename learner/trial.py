@@ -18,6 +18,7 @@ from typing import Any, Literal
 from feedback.raters import Rater, Taste, crowd, taste
 from learner import corpus
 from learner.config import LearnerConfig
+from learner.direct import EXAMPLES
 from learner.improve import POLICY, Progress
 from learner.rollouts import Prompt, Rollout
 from learner.state import Judgement, Sample
@@ -93,7 +94,7 @@ def run_cell(
         "seconds": took_s,
         "cpu_s": cpu_s,
         "phases_s": candidate.report["seconds"],
-        "rollouts_per_s": rollouts_per_s(candidate.report, config.rollouts),
+        "rollouts_per_s": None if objective in EXAMPLES else rollouts_per_s(candidate.report, config.rollouts),
         "memory_mb": None if before_mb is None or peak_mb is None else peak_mb - before_mb,
     }  # fmt: skip
 

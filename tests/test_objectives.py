@@ -16,7 +16,12 @@ from tests import bases
 from tests.test_update import PROMPTS, SMALL, improver, score_of
 
 NAMES = ("ppo", "a2c", "reinforce", "rloo")
-OBJECTIVES: dict[str, Objective] = {"ppo": PPO(), "a2c": a2c(1.0, 0.95), "reinforce": Reinforce(), "rloo": RLOO(2)}
+OBJECTIVES: dict[str, Objective] = {
+    "ppo": PPO(),
+    "a2c": a2c(1.0, 0.95),
+    "reinforce": Reinforce(),
+    "rloo": RLOO(samples=2),
+}
 REWARD_V = torch.tensor([1.0, 0.2, -0.5, 0.4], dtype=torch.float64)
 REFERENCE_V = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 
@@ -181,7 +186,7 @@ def test_a_reply_is_compared_with_the_others_to_its_prompt() -> None:
 
 def test_rloo_gives_each_token_what_its_whole_reply_is_worth() -> None:
     mask_BT = torch.tensor([[True, True], [True, False]])
-    advantages_BT = RLOO(2).advantages(torch.tensor([[1.0, 2.0], [7.0, 9.0]]), torch.zeros(2, 2), mask_BT)
+    advantages_BT = RLOO(samples=2).advantages(torch.tensor([[1.0, 2.0], [7.0, 9.0]]), torch.zeros(2, 2), mask_BT)
     assert advantages_BT.tolist() == [[-4.0, -4.0], [4.0, 0.0]]
 
 
@@ -208,8 +213,8 @@ def test_entropy_is_that_of_the_distribution_a_token_was_drawn_from() -> None:
     entropy_N = torch.distributions.Categorical(expected_NV).entropy()
     torch.testing.assert_close(entropy_BT[batch.mask_BT], entropy_N, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(said_BT, found.model.logprobs(batch, POLICY, 0.7), rtol=1e-4, atol=1e-5)
-    assert float(entropy_N.std()) > 0.01
-    assert float((said_BT - found.model.logprobs(batch, POLICY)).abs().max()) > 0.1
+    assert entropy_N.std().item() > 0.01
+    assert (said_BT - found.model.logprobs(batch, POLICY)).abs().max().item() > 0.1
 
 
 def test_an_entropy_bonus_keeps_replies_various() -> None:

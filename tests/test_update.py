@@ -309,6 +309,26 @@ def test_the_same_round_again_gives_the_same_bytes(trainer: Trainer) -> None:
     assert bytes_of(learn(trainer, judgements).weights) == bytes_of(first.weights)
 
 
+@pytest.mark.parametrize("objective", ["a2c", "reinforce", "rloo", "kto", "dpo", "sft"])
+def test_every_objective_goes_through_the_same_round_and_gate(
+    objective: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "ppo", dataclasses.replace(trainer.ppo, objective=objective))
+    candidate = learn(trainer, thumbs(trainer))
+    checks = {check.name: check.verdict for check in candidate.gate.checks}
+    assert (checks["reward_model"], checks["changed"], checks["kl"]) == ("pass", "pass", "pass")
+    assert candidate.report["policy"]["batches"][-1]["kl"] > 0
+    assert bytes_of(learn(trainer, thumbs(trainer)).weights) == bytes_of(candidate.weights)
+
+
+def test_the_settings_reach_the_objective() -> None:
+    settings = LearnerConfig(serving=ServingConfig(), objective="rloo", entropy=0.01, rollout_temperature=0.9)
+    found = update.ppo_config(settings, 1_000_000)
+    assert (found.objective, found.entropy, found.temperature) == ("rloo", 0.01, 0.9)
+    plain = update.ppo_config(LearnerConfig(serving=ServingConfig()), 1_000_000)
+    assert (plain.objective, plain.entropy, plain.temperature) == ("ppo", 0.0, 1.0)
+
+
 def test_feedback_that_says_nothing_moves_nothing(trainer: Trainer) -> None:
     parent = learn(trainer, thumbs(trainer)).weights
     for judgements in ([], thumbs(trainer, 40, always=1.0), thumbs(trainer, 40, always=0.0), thumbs(trainer, 3)):
