@@ -49,8 +49,8 @@ HISTOGRAM = (
     "replies. Good: the candidate’s lie further to the right. Bad: they lie where the base’s do: nothing was won."
 )
 WINS = (
-    "A second judge, who knows half of the judgements alone, prefers the candidate’s reply to that of the version it would replace at {} "
-    "of the prompts (at least {}). Good: well above 50%. Bad: 50% and less. It proves nothing: the training knew that half too."
+    "A second judge, who knows half of the judgements, prefers the candidate’s reply to that of the version it would replace at "
+    "{} of the prompts (at least {}). Good: well above 50%. Bad: 50% and less. It proves little: the training knew that half too."
 )
 BATCH_FIGURES = (
     ("score", "Score", "Good: it rises. Bad: it falls, or jumps about."),
