@@ -274,6 +274,7 @@ class Round:
             self.judgements,
             self.of_base,
             (candidate, parent),
+            self.report["reward"]["penalty"],
             self.seed,
             lambda fraction: self.progress("gate", 0.5 + fraction / 2),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from learner.crossfit import deal
@@ -24,16 +25,19 @@ def win_rate(
     judgements: Sequence[Judgement],
     reference: Sequence[Tokens],
     replies: tuple[Sequence[Tokens], Sequence[Tokens]],
+    penalty: float,
     seed: int,
     progress: Callable[[float], None],
 ) -> dict[str, float]:
     """Share of prompts at which the first of `replies` scores more than the second, and a lower bound (95%, over prompts).
 
-    The judge is a reward model like `reward`, fitted to half of the judgements: whole raters, or whole prompts.
+    The judge is a reward model like `reward`, fitted to half of the judgements: whole raters, or whole prompts. With two members
+    and the `penalty` that proved best already it takes a part of the time.
     """
     fold_J, _ = deal(judgements, 2, seed)
     half = [judgement for judgement, fold in zip(judgements, fold_J, strict=True) if fold] or judgements
-    judge = RewardModel(reward.embeddings_VH, reward.eos_ids, reward.config, reward.states)
+    config = replace(reward.config, folds=2, penalties=(penalty,))
+    judge = RewardModel(reward.embeddings_VH, reward.eos_ids, config, reward.states)
     judge.fit(half, reference, seed, progress)
     won_B = ((judge.score(replies[0]) - judge.score(replies[1])).sign() + 1) / 2
     share = float(won_B.mean())

@@ -457,12 +457,12 @@ def test_a_second_judge_prefers_what_the_people_it_asked_like(trainer: Trainer) 
     learn(trainer, judgements)
     base = trainer.sampler.sample(asked(trainer) * 4, None, 9)
     nice = [dataclasses.replace(one, reply_ids=(NICE, *one.reply_ids[1:])) for one in base]
-    ahead = win_rate(trainer.reward, judgements, base, (nice, base), 0, lambda _: None)
-    behind = win_rate(trainer.reward, judgements, base, (base, nice), 0, lambda _: None)
+    ahead = win_rate(trainer.reward, judgements, base, (nice, base), 1.5, 0, lambda _: None)
+    behind = win_rate(trainer.reward, judgements, base, (base, nice), 1.5, 0, lambda _: None)
     assert ahead["win_rate"] > 0.9
     assert ahead["win_rate_lower"] < ahead["win_rate"]
     assert behind["win_rate"] == pytest.approx(1 - ahead["win_rate"])
-    assert win_rate(trainer.reward, judgements, base, (base, base), 0, lambda _: None)["win_rate"] == 0.5
+    assert win_rate(trainer.reward, judgements, base, (base, base), 1.5, 0, lambda _: None)["win_rate"] == 0.5
 
 
 def test_the_share_of_clipped_tokens_is_told_batch_by_batch() -> None:
