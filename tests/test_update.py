@@ -460,9 +460,10 @@ def test_a_second_judge_prefers_what_the_people_it_asked_like(trainer: Trainer) 
     ahead = win_rate(trainer.reward, judgements, base, (nice, base), 1.5, 0, lambda _: None)
     behind = win_rate(trainer.reward, judgements, base, (base, nice), 1.5, 0, lambda _: None)
     assert ahead["win_rate"] > 0.9
-    assert ahead["win_rate_lower"] < ahead["win_rate"]
     assert behind["win_rate"] == pytest.approx(1 - ahead["win_rate"])
-    assert win_rate(trainer.reward, judgements, base, (base, base), 1.5, 0, lambda _: None)["win_rate"] == 0.5
+    even = win_rate(trainer.reward, judgements, base, (base[:24] + nice[24:], base), 1.5, 0, lambda _: None)
+    assert even["win_rate"] == pytest.approx((0.5 + ahead["win_rate"]) / 2, abs=0.05)
+    assert even["win_rate_lower"] == pytest.approx(even["win_rate"] - 1.96 * 0.2526 / math.sqrt(48), abs=0.02)
 
 
 def test_the_share_of_clipped_tokens_is_told_batch_by_batch() -> None:
