@@ -48,6 +48,10 @@ HISTOGRAM = (
     "Across: what the model of people’s taste makes of a reply; it ends where a thumb up is certain. Upwards: the share of "
     "replies. Good: the candidate’s lie further to the right. Bad: they lie where the base’s do: nothing was won."
 )
+WINS = (
+    "A second judge, who knows half of the judgements, prefers the candidate’s reply to that of the version it would replace at "
+    "{} of the prompts (at least {}). Good: well above 50%. Bad: 50% and less. It proves little: the training knew that half too."
+)
 BATCH_FIGURES = (
     ("score", "Score", "Good: it rises. Bad: it falls, or jumps about."),
     ("kl", "Distance from the base, nats a reply", "Good: below the dashed line, the gate’s. Bad: it races there."),
@@ -81,7 +85,7 @@ def update_page(update: Update, version: int | None, report: Json, gate: Json, e
         _checks(gate),
         _sources(update, report),
         _reward_model(report.get("reward")),
-        _scores(exhibits),
+        _scores(exhibits, report.get("score") or {}),
         _training(report.get("policy"), gate),
         _times(report.get("seconds") or {}),
         _samples(exhibits, _name(update.current)),
@@ -166,12 +170,16 @@ def _reward_model(reward: Json | None) -> str:
     return _section("What it took people to like", REWARD, f'<div class="grid2">{body}</div>')
 
 
-def _scores(exhibits: Exhibits) -> str:
+def _scores(exhibits: Exhibits, score: Json) -> str:
     if not exhibits.base_scores:
         return ""
     groups = {"the base": exhibits.base_scores, "the candidate": exhibits.candidate_scores}
     keys = "".join(f'<span class="key {letter}">{name}</span>' for letter, name in zip("ab", groups, strict=True))
     body = f'<p class="faint">{keys}</p>{_figure(drawing.histogram(groups, "scores of replies"), HISTOGRAM)}'
+    if score.get("win_rate") is not None:
+        body += (
+            f"<p>{WINS.format(_shown(score['win_rate'], '{:.0%}'), _shown(score.get('win_rate_lower'), '{:.0%}'))}</p>"
+        )
     count = len(exhibits.base_scores)
     return _section("Replies by score", f"{count} fresh replies of each, to the same prompts.", body)
 

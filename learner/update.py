@@ -29,6 +29,7 @@ from learner.prepare import prepare
 from learner.reward import RewardModel, RewardReport
 from learner.rollouts import Prompt, Rollout, Sampler, Shape, shuffled
 from learner.state import Judgement
+from learner.winrate import win_rate
 from serving.base import Base, describe_base
 from serving.engine import Engine
 from serving.lora import AdapterWeights
@@ -287,7 +288,15 @@ class Round:
             self.before = self.look_at(parent, moved=False)
         gain_B = trainer.reward.score(candidate) - trainer.reward.score(parent)
         gain = float(gain_B.mean()) - trainer.ppo.kl_price * (kl - parent_kl)
-        self.report["score"]["gain"] = gain
+        self.report["score"] |= {"gain": gain} | win_rate(
+            trainer.reward,
+            self.judgements,
+            self.of_base,
+            (candidate, parent),
+            self.report["reward"]["penalty"],
+            self.seed,
+            lambda fraction: self.progress("gate", 0.5 + fraction / 2),
+        )
         return gate.no_worse(gain, float(gain_B.std()) / math.sqrt(len(gain_B)))
 
     def candidate(self, checks: Sequence[gate.Check]) -> Candidate:

@@ -230,3 +230,9 @@ def test_ppo_imports_only_torch() -> None:
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} == {"torch", "__future__", "dataclasses"}
+
+
+def test_the_clip_share_by_hand() -> None:
+    ratio_BT = torch.tensor([[1.3, 1.1, 0.7], [0.85, 9.0, float("nan")]])
+    mask_BT = torch.tensor([[True, True, True], [True, False, False]])
+    assert ppo.clip_share(ratio_BT, mask_BT, 0.2) == pytest.approx(2 / 4)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from feedback.config import SettingError
-from learner import probes
+from deploy import check
+from feedback.config import FeedbackConfig, SettingError
+from learner import probes, process
 from learner.config import LearnerConfig
 from learner.gate import GateReport
 from learner.rollouts import Sampler
@@ -153,3 +154,18 @@ def base_folder(tmp_path: Path) -> Path:
     bases.llama().save_pretrained(folder)
     bases.byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def test_a_wrong_file_is_told_before_anything_is_opened_and_by_heed_check(tmp_path: Path) -> None:
+    path = written(tmp_path, '[a]\nprompt = "x"\nmust = "("\n')
+    serving = ServingConfig(feedback=FeedbackConfig(data=tmp_path / "data"))
+    config = LearnerConfig(serving=serving, probes=path)
+    with pytest.raises(SettingError, match="line 3"):
+        process.learn(config, until_idle=True)
+    assert not (tmp_path / "data").exists()
+    [finding] = check.guarded("probes", lambda: check.probes(config))
+    assert (finding.verdict, finding.name) == ("fail", "probes")
+    assert "line 3: [a] must: '(' is no regular expression" in finding.says
+    path.write_text(GOOD, "utf-8")
+    [finding] = check.guarded("probes", lambda: check.probes(config))
+    assert (finding.verdict, finding.says) == ("ok", f"{path}: opening-hours, two turns")

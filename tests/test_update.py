@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from learner import checkpoint, gate, improve, update
 from learner.config import LearnerConfig
+from learner.exhibits import looked_at
 from learner.improve import POLICY, Improver, PolicyReport, PPOConfig, best, blend, idle
 from learner.model import LearnerModel, Tokens
 from learner.rollouts import Rollout, Sampler, shuffled
 from learner.state import Judgement, Sample
 from learner.update import Candidate, Trainer, difference, learning_rate, shrunk
+from learner.winrate import win_rate
 from serving.config import ServingConfig
 from serving.engine import Engine
 from serving.lora import AdapterWeights
@@ -435,3 +437,60 @@ def test_larger_models_learn_at_lower_rates() -> None:
     assert learning_rate(1_000_000) == 1e-3
     assert learning_rate(200_000_000) == pytest.approx(1e-4)
     assert 1e-5 < learning_rate(7_000_000_000) < 2e-5
+
+
+def test_an_update_has_its_exhibits(trainer: Trainer) -> None:
+    first = learn(trainer, thumbs(trainer))
+    candidate = learn(trainer, thumbs(trainer), first.weights)
+    shown = candidate.exhibits
+    assert sum(shown.base_scores) / len(shown.base_scores) == pytest.approx(candidate.report["score"]["base"], abs=1e-5)
+    assert len(shown.candidate_scores) == trainer.config.gate_samples
+    assert len(shown.pairs) == trainer.config.report_samples
+    said = {trainer.chat.decode(one.reply.reply_ids).strip() for one in thumbs(trainer)}
+    for pair in shown.pairs:
+        assert pair.before.prompt_ids == pair.after.prompt_ids
+        assert trainer.chat.decode(pair.after.prompt_ids).strip() == pair.prompt
+        assert len(pair.alike) == 2
+        assert {one.text for one in pair.alike} <= said
+        assert {one.said for one in pair.alike} <= {"thumb up", "thumb down"}
+        assert pair.after.kl > 0
+        assert pair.before.kl > 0
+    assert all(pair.before.kl == 0 for pair in first.exhibits.pairs)
+
+
+def test_what_the_exhibits_show_of_a_reply_adds_up(trainer: Trainer) -> None:
+    candidate = learn(trainer, thumbs(trainer))
+    [rollout] = trainer.sampler.sample(asked(trainer)[:1], candidate.weights, 3)
+    [reply] = looked_at([rollout], trainer.model, trainer.reward, trainer.chat, moved=True)
+    [score] = trainer.reward.score([rollout]).tolist()
+    assert reply.score == pytest.approx(score, abs=1e-4)
+    assert reply.kl == pytest.approx(trainer.mean_kl([rollout]), rel=1e-3)
+
+
+def test_whoever_wants_no_samples_gets_none(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "config", trainer.config.model_copy(update={"report_samples": 0}))
+    assert learn(trainer, thumbs(trainer)).exhibits.pairs == ()
+
+
+def test_a_second_judge_prefers_what_the_people_it_asked_like(trainer: Trainer) -> None:
+    judgements = thumbs(trainer)
+    learn(trainer, judgements)
+    base = trainer.sampler.sample(asked(trainer) * 4, None, 9)
+    nice = [dataclasses.replace(one, reply_ids=(NICE, *one.reply_ids[1:])) for one in base]
+    ahead = win_rate(trainer.reward, judgements, base, (nice, base), 1.5, 0, lambda _: None)
+    behind = win_rate(trainer.reward, judgements, base, (base, nice), 1.5, 0, lambda _: None)
+    assert ahead["win_rate"] > 0.9
+    assert behind["win_rate"] == pytest.approx(1 - ahead["win_rate"])
+    even = win_rate(trainer.reward, judgements, base, (base[:24] + nice[24:], base), 1.5, 0, lambda _: None)
+    assert even["win_rate"] == pytest.approx((0.5 + ahead["win_rate"]) / 2, abs=0.05)
+    assert even["win_rate_lower"] == pytest.approx(even["win_rate"] - 1.96 * 0.2526 / math.sqrt(48), abs=0.02)
+
+
+def test_the_share_of_clipped_tokens_is_told_batch_by_batch() -> None:
+    batches: list[Mapping[str, float]] = []
+    found = improver(dataclasses.replace(SMALL, batches=2))
+    report = found.run(PROMPTS, lambda phase, fraction, batch=None: batches.append(batch) if batch else None)
+    assert batches == report.batches
+    assert all(0 <= batch["clipped"] <= 1 for batch in batches[:-1])
+    assert any(batch["clipped"] > 0 for batch in batches[:-1])
+    assert "clipped" not in batches[-1]
