@@ -21,6 +21,7 @@ from feedback.config import (
     reference,
     unknown_settings,
 )
+from learner.config import LearnerConfig
 
 
 class Inner(Settings):
@@ -307,3 +308,15 @@ def test_brokers_are_named_with_their_ports(wrong: str) -> None:
 def test_several_brokers_are_separated_by_commas() -> None:
     made = load(FeedbackConfig, environ={"HEED_KAFKA_BOOTSTRAP": "a:1, [::1]:9092,b.c:65535"}, toml=None, flags={})
     assert made.kafka.kafka_bootstrap == ("a:1", "[::1]:9092", "b.c:65535")
+
+
+def test_aspects_are_named_with_their_weights() -> None:
+    made = load(LearnerConfig, environ={"HEED_ASPECT_WEIGHTS": "helpful=1, safe=2.5,tone=0"}, toml=None, flags={})
+    assert made.aspects == {"helpful": 1.0, "safe": 2.5, "tone": 0.0}
+    assert LearnerConfig().aspects == {}
+
+
+@pytest.mark.parametrize("wrong", ["safe", "safe=", "safe=-1", "safe=101", "Safe=1", "safe=nan", "safe=1;tone=2"])
+def test_weights_of_aspects_are_numbers_from_0_to_100(wrong: str) -> None:
+    with pytest.raises(SettingError, match=r"HEED_ASPECT_WEIGHTS.*must be aspect=weight, or several"):
+        load(LearnerConfig, environ={"HEED_ASPECT_WEIGHTS": wrong}, toml=None, flags={})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from learner.concordance import Compared, concordance
 from learner.crossfit import CrossFit, RewardConfig, deal
 from learner.evidence import chance_nll, weigh
 from learner.features import Features
-from learner.losses import Links, preference_loss, rating_loss, thumb_loss
+from learner.losses import CHANNELS, Links, preference_loss, ranking_loss, rating_loss, thumb_loss
 from learner.model import Tokens
 from learner.reward import RewardModel, correlation
 from learner.state import Judgement, Sample
@@ -105,6 +106,10 @@ def test_5_gradients_of_the_losses() -> None:
     assert torch.autograd.gradcheck(lambda d: preference_loss(d, 0.1), doubles(-30, -1.5, 0.0, 0.7, 30))
     up_B = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda z: thumb_loss(z, up_B), doubles(-3, -0.2, 0.9, 20))
+    mask_BK = torch.tensor([[True, True, True], [True, True, False]])
+    assert torch.autograd.gradcheck(
+        lambda u: ranking_loss(u.reshape(2, 3), mask_BK, 0.1), doubles(-2, 0.1, 0.5, 3, -4, 1)
+    )
     level_B, thresholds = torch.tensor([0, 1, 2, 3, 4]), doubles(-1.5, -0.4, 0.3, 2.0)
     assert torch.autograd.gradcheck(lambda u, t: rating_loss(u, level_B, t), (doubles(-2, 0.1, 0.5, 3, -4), thresholds))
 
@@ -130,6 +135,43 @@ def test_5_the_levels_of_a_rating_share_all_of_the_probability() -> None:
     assert first.tolist() == pytest.approx([1 - sigma[0], sigma[0] - sigma[1]])
 
 
+def test_5_a_ranking_of_two_is_a_preference() -> None:
+    utility_B2 = torch.tensor([[1.0, -0.5], [-3.0, 2.0]], dtype=torch.float64)
+    for smoothing in (0.0, 0.05):
+        torch.testing.assert_close(
+            ranking_loss(utility_B2, torch.ones(2, 2, dtype=torch.bool), smoothing),
+            preference_loss(utility_B2[:, 0] - utility_B2[:, 1], smoothing),
+            rtol=0,
+            atol=1e-14,
+        )
+
+
+def test_5_all_orders_of_a_ranking_share_the_probability() -> None:
+    utilities = (0.3, -1.0, 2.0, 0.1)
+    every = torch.tensor(list(itertools.permutations(utilities)), dtype=torch.float64)
+    loss_B = ranking_loss(every, torch.ones(24, 4, dtype=torch.bool), 0.0)
+    assert float((-3 * loss_B).exp().sum()) == pytest.approx(1, abs=1e-12)
+    # P(a ≻ b ≻ c) = e^a ÷ (e^a + e^b + e^c) · e^b ÷ (e^b + e^c), all weights being 1, 2 and 3
+    three = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64).log()
+    loss = ranking_loss(three, torch.ones(1, 3, dtype=torch.bool), 0.1).item()
+    assert loss == pytest.approx(-(0.9 * math.log(1 / 6 * 2 / 5) + 0.1 * math.log(3 / 6 * 2 / 3)) / 2)
+
+
+def test_3_nan_in_a_masked_slot_of_a_ranking_changes_nothing() -> None:
+    mask_BK = torch.tensor([[True, True, False], [True, True, True]])
+    results = []
+    for slot in (0.0, math.nan, math.inf):
+        utility_BK = torch.tensor([[1.0, -0.5, slot], [0.2, 0.4, -1.0]], dtype=torch.float64, requires_grad=True)
+        loss_B = ranking_loss(utility_BK, mask_BK, 0.05)
+        (gradient_BK,) = torch.autograd.grad(loss_B.sum(), utility_BK)
+        assert bool(torch.isfinite(gradient_BK).all())
+        assert float(gradient_BK[0, 2]) == 0
+        results.append((loss_B.detach(), gradient_BK))
+    for loss_B, gradient_BK in results[1:]:
+        assert torch.equal(loss_B, results[0][0])
+        assert torch.equal(gradient_BK, results[0][1])
+
+
 def test_5_losses_by_hand() -> None:
     one = torch.tensor([math.log(3.0)], dtype=torch.float64)  # σ = ¾
     assert preference_loss(one, 0.0).item() == pytest.approx(-math.log(0.75))
@@ -141,7 +183,9 @@ def test_5_losses_by_hand() -> None:
 
 
 def links() -> Links:
-    found = Links(raters=3).double()
+    found = Links(
+        raters=3, channels=(*CHANNELS, "thumb:safe", "rating:safe", "correction", "signal:abandoned")
+    ).double()
     with torch.no_grad():
         for number, parameter in enumerate(found.parameters()):
             parameter += 0.1 * (number + 1)
@@ -159,6 +203,11 @@ def test_the_links_follow_the_scale_of_the_utility_and_no_likelihood_changes() -
                 model.thumb(utility_B, up_B, rater_B),
                 model.rating(utility_B, stars_B, rater_B),
                 model.preference(utility_B, utility_B.flip(0)),
+                model.ranking(utility_B[None], torch.ones(1, 3, dtype=torch.bool)),
+                model.thumb(utility_B, up_B, rater_B, "thumb:safe"),
+                model.rating(utility_B, stars_B, rater_B, "rating:safe"),
+                model.preference(utility_B, utility_B.flip(0), "correction"),
+                model.thumb(utility_B, up_B, rater_B, "signal:abandoned"),
             ]
         )
 
@@ -170,6 +219,15 @@ def test_the_links_follow_the_scale_of_the_utility_and_no_likelihood_changes() -
 
 def test_whoever_gave_no_name_has_no_bias() -> None:
     assert links().rater_bias(torch.tensor([0, 1, 2, 0])).tolist() == pytest.approx([0.0, 0.5, -0.4, 0.0], abs=1e-6)
+
+
+def test_a_signal_may_speak_against_a_reply_and_no_other_kind_may() -> None:
+    model = links()
+    assert model.slope("signal:abandoned").item() < 0
+    with torch.no_grad():
+        for raw in model.raw_slopes.values():
+            raw.fill_(-3.0)
+    assert {channel for channel in model.raw_slopes if model.slope(channel).item() < 0} == {"signal:abandoned"}
 
 
 def test_thresholds_increase_whatever_the_parameters() -> None:
@@ -332,6 +390,34 @@ def test_9_a_harsh_rater_is_not_a_bad_reply() -> None:
         found = torch.tensor([float(member.links.bias[fit.raters[user]]) for user in seen])
         assert correlation(found, torch.tensor([bias[user] for user in seen])) > 0.95
         assert float(found.abs().mean()) > 1.0
+
+
+def test_9_raters_who_choose_what_they_rate_do_not_mislead() -> None:
+    """The generous ones mostly rate bad replies, the harsh ones good ones: the bare shares of thumbs up say the opposite."""
+    rng = random.Random(5)
+    judgements: list[Judgement] = []
+    while len(judgements) < 500:
+        ids, number = reply(rng), rng.randrange(10)
+        generous, nice = number % 2 == 1, NICE in ids
+        if rng.random() < (0.9 if generous != nice else 0.1):
+            logit = (1.5 if nice else -1.5) + (2.5 if generous else -2.5)
+            up = float(rng.random() < 1 / (1 + math.exp(-logit)))
+            judgements.append(judgement(len(judgements), "thumb", up, sample(len(judgements), ids, 0), f"u{number}"))
+
+    def share(nice: bool) -> float:
+        values = [one.value for one in judgements if (NICE in one.reply.reply_ids) == nice]
+        return sum(values) / len(values)
+
+    assert share(True) < share(False)
+    _, auroc, _ = fitted(judgements)
+    assert auroc > 0.9
+
+
+def test_9_silence_of_those_who_are_pleased_does_not_mislead() -> None:
+    """Nine of ten who would say yes say nothing."""
+    rng = random.Random(8)
+    _, auroc, _ = fitted([one for one in thumbs(900) if one.value == 0 or rng.random() < 0.1])
+    assert auroc > 0.9
 
 
 def test_random_thumbs_teach_nothing() -> None:

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feedback.events import EXCHANGES, FEEDBACK
+from feedback.events import EXCHANGES, FEEDBACK, Message
 from learner.ledger import Learned, Ledger
 from learner.report import dropped, feedback_counts, freshness, liked
-from learner.state import State
+from learner.state import Correction, State
 from learner.statefile import StateError, open_state, remove_state
 from tests.told import BASE, NOW, POLICY, exchange, feedback, records, retraction
 
@@ -180,6 +180,31 @@ def test_every_kind_is_joined_and_all_but_comments_are_learned_from(state: State
     assert feedback_counts(state)["not_learned_from"] == {"kind": 1}
     assert state.judgement_count(fresh=False) == 7
     assert state.judgement_count(fresh=True) == 4  # rankings, corrections and signals start no update
+
+
+def test_rankings_corrections_signals_and_aspects_bring_what_they_need(state: State):
+    state.absorb(
+        records(
+            *(exchange(name, prompt="hi", reply_ids=(number,)) for number, name in enumerate("rqp")),
+            feedback("ranking", "q", "p", "r", kind="ranking"),
+            feedback("correction", "r", kind="correction", text="better", at=NOW + 1),
+            feedback("signal", "r", kind="signal", signal="dwell", value=2.5, at=NOW + 2),
+            feedback("aspect", "r", aspect="safe", at=NOW + 3),
+        ),
+        NOW,
+    )
+    ranking, correction, signal, aspect = state.judgements()
+    assert [one.reply_id for one in ranking.ranked] == ["q", "p", "r"]
+    assert [one.reply_ids for one in ranking.ranked] == [(1,), (2,), (0,)]
+    assert correction.correction == Correction((Message(role="user", content="hi"),), "better")
+    assert (signal.signal, signal.value) == ("dwell", 2.5)
+    assert aspect.aspect == "safe"
+
+
+def test_signals_do_not_crowd_out_what_people_said(state: State):
+    clicks = (feedback(f"s{n}", "r", kind="signal", signal="clicked", value=None, at=NOW + 9 + n) for n in range(5))
+    state.absorb(records(exchange("r"), feedback("old", "r", at=NOW), *clicks), NOW)
+    assert [one.feedback_id for one in state.judgements(3)] == ["old", "s3", "s4"]
 
 
 def test_what_cannot_be_learned_from_is_kept_and_counted(state: State):

@@ -202,6 +202,26 @@ def test_a_migrated_file_has_the_tables_of_a_new_one(tmp_path: Path):
     assert tables[0] == tables[1]
 
 
+def test_what_an_older_heed_did_not_learn_from_is_learned_from(tmp_path: Path):
+    events = (
+        exchange("r"), exchange("q"), exchange("silent", reply_ids=()),
+        feedback("ranking", "r", "q", kind="ranking"), feedback("speechless", "r", "silent", kind="ranking"),
+        feedback("aspect", "r", aspect="safe"), feedback("comment", "r", kind="comment"),
+    )  # fmt: skip
+    digests = []
+    for name in ("old", "new"):
+        with closing(State(tmp_path / f"{name}.db", policy=POLICY, base=BASE)) as state:
+            state.absorb(records(*events), NOW)
+            if name == "old":  # as schema 2 had it
+                state.db.execute("UPDATE feedback SET untrained = iif(aspect = 'safe', 'aspect', 'kind')")
+                state.db.execute("PRAGMA user_version = 2")
+    for name in ("old", "new"):
+        with closing(State(tmp_path / f"{name}.db", policy=POLICY, base=BASE)) as state:
+            assert {one.feedback_id for one in state.judgements()} == {"ranking", "aspect"}
+            digests.append(state.digest())
+    assert digests[0] == digests[1]
+
+
 def test_a_migration_that_breaks_off_anywhere_leaves_the_old_state_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

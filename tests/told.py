@@ -70,6 +70,8 @@ def feedback(
     aspect: str = "overall",
     body: str = "",
     at: float = NOW,
+    signal: str | None = None,
+    text: str | None = None,
 ) -> Feedback:
     return Feedback(
         at=at,
@@ -79,8 +81,9 @@ def feedback(
         reply_ids=reply_ids,
         aspect=aspect,
         value=value if kind in ("thumb", "rating", "signal") else None,
+        signal=signal,
         body=body or f"{kind} {value} {reply_ids}",
-        content=FeedbackContent(user=user),
+        content=FeedbackContent(user=user, text=text),
     )
 
 

@@ -1,0 +1,162 @@
+"""What the reward model learns from: each reason to leave a judgement out, corrections as pairs, signals beside silence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from feedback.events import Message
+from learner.prepare import NOBODYS, Prepared, claims, edit_distance, prepare
+from learner.state import Correction, Judgement, Sample
+
+GOOD, BAD, OTHER = (Sample(name, (1, 2), ids, 0) for name, ids in (("r", (5, 6, 2)), ("q", (7, 2)), ("p", (8, 9, 2))))
+AGAIN = replace(GOOD, reply_id="r again")
+"""The same reply, served once more."""
+
+
+def said(
+    kind: str,
+    value: float = 1.0,
+    reply: Sample = GOOD,
+    other: Sample | None = None,
+    *,
+    user: str | None = "ann",
+    aspect: str = "overall",
+    signal: str | None = None,
+    text: str | None = None,
+    ranked: tuple[Sample, ...] = (),
+) -> Judgement:
+    correction = None if text is None else Correction((Message(role="user", content="hello"),), text)
+    return Judgement("f", kind, user, value, reply, other, 1.0, aspect, signal, correction, ranked)
+
+
+def words(correction: Correction) -> list[int]:
+    """A tokenizer: numbers in, numbers out, and the end."""
+    return [*map(int, correction.text.split()), 2]
+
+
+def prepared(*judgements: Judgement, unweighted: tuple[str, ...] = ()) -> Prepared:
+    return prepare(judgements, words, unweighted)
+
+
+# Each reason to leave a judgement out
+
+
+def test_what_says_nothing_is_dropped_as_empty() -> None:
+    found = prepared(said("correction", text=" \n"), said("signal"), said("thumb"))
+    assert found == Prepared([said("thumb")], {"empty": 2})
+
+
+def test_a_comparison_of_a_reply_with_itself_is_dropped_as_the_same() -> None:
+    found = prepared(
+        said("preference", other=AGAIN),
+        said("ranking", other=AGAIN, ranked=(GOOD, AGAIN)),
+        said("correction", text="5 6"),
+        said("preference", other=BAD),
+    )
+    assert found == Prepared([said("preference", other=BAD)], {"same": 3})
+
+
+def test_an_aspect_that_weighs_nothing_is_dropped() -> None:
+    found = prepared(said("thumb", aspect="tone"), said("thumb", aspect="safe"), unweighted=("tone",))
+    assert found == Prepared([said("thumb", aspect="safe")], {"aspect": 1})
+
+
+@pytest.mark.parametrize(
+    "once",
+    [
+        said("thumb"),
+        said("rating", 4),
+        said("preference", other=BAD),
+        said("ranking", other=BAD, ranked=(GOOD, BAD, OTHER)),
+        said("correction", text="5 7"),
+        said("signal", signal="clicked"),
+    ],
+    ids=lambda one: one.kind,
+)
+def test_what_a_person_said_before_is_dropped_as_a_duplicate(once: Judgement) -> None:
+    found = prepared(once, replace(once, reply=AGAIN), replace(once, user="bob"))
+    assert found.dropped == {"duplicate": 1}
+    assert [one.user for one in found.judgements] == ["ann", "bob"]
+    unnamed = replace(once, user=None)
+    assert prepared(unnamed, unnamed).dropped == {}
+
+
+def test_of_another_reply_aspect_or_signal_nothing_is_a_duplicate() -> None:
+    different = (said("thumb"), said("thumb", reply=BAD), said("thumb", aspect="safe"), said("rating", 5))
+    signals = (said("signal", signal="clicked"), said("signal", signal="copied"))
+    assert prepared(*different, *signals).dropped == {}
+
+
+@pytest.mark.parametrize(
+    "opposite",
+    [
+        (said("thumb", 1), said("thumb", 0, AGAIN)),
+        (said("thumb", 1), said("rating", 2)),
+        (said("rating", 5), said("rating", 1)),
+        (said("preference", other=BAD), said("preference", reply=BAD, other=GOOD)),
+        (said("preference", other=BAD), said("ranking", reply=OTHER, other=BAD, ranked=(OTHER, BAD, GOOD))),
+        (said("correction", text="7"), said("preference", other=BAD)),
+    ],
+    ids=lambda pair: " ".join(one.kind for one in pair),
+)
+def test_what_a_person_said_and_denied_is_dropped_as_contradictory(opposite: tuple[Judgement, Judgement]) -> None:
+    one, denial = opposite
+    found = prepared(one, denial, said("thumb", reply=OTHER))
+    assert found == Prepared([said("thumb", reply=OTHER)], {"contradictory": 2})
+    assert prepared(one, replace(denial, user="bob")).dropped == {}
+    assert prepared(replace(one, user=None), replace(denial, user=None)).dropped == {}
+
+
+def test_of_another_aspect_or_in_between_nothing_is_contradictory() -> None:
+    assert prepared(said("thumb", 1), said("thumb", 0, aspect="safe"), said("rating", 3)).dropped == {}
+    assert list(claims(said("rating", 3))) == list(claims(said("signal", signal="copied"))) == []
+
+
+# Corrections
+
+
+def test_a_correction_prefers_what_should_have_been_said_to_what_was() -> None:
+    [found] = prepared(said("correction", text="5 7 6")).judgements
+    assert (found.reply.reply_ids, found.reply.prompt_ids, found.other) == ((5, 7, 6, 2), (1, 2), GOOD)
+
+
+@pytest.mark.parametrize(("text", "weight"), [("5", 1 / 8), ("5 6 9 9", 2 / 8), ("9 9 9 9 9 9 9 9 9", 1.0)])
+def test_a_correction_counts_by_how_much_it_changed(text: str, weight: float) -> None:
+    [found] = prepared(said("correction", text=text)).judgements
+    assert found.weight == weight
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "distance"),
+    [("", "", 0), ("abc", "abc", 0), ("", "ab", 2), ("kitten", "sitting", 3), ("abc", "bc", 1), ("ab", "ba", 2)],
+)
+def test_the_edit_distance_counts_tokens(one: str, other: str, distance: int) -> None:
+    assert edit_distance(one.encode(), other.encode()) == edit_distance(other.encode(), one.encode()) == distance
+
+
+# Signals
+
+
+def test_replies_that_got_no_signal_stand_against_those_that_did() -> None:
+    thumbs = [said("thumb", reply=one, user="bob") for one in (GOOD, BAD, OTHER)]
+    signal = said("signal", 7.0, signal="copied")
+    *_, came, first, second = prepared(*thumbs, signal).judgements
+    assert came == replace(signal, value=1.0)
+    assert [(one.reply, one.value, one.user, one.weight) for one in (first, second)] == [
+        (BAD, 0.0, None, 0.5),
+        (OTHER, 0.0, None, 0.5),
+    ]
+    assert first.feedback_id == NOBODYS
+
+
+def test_a_signal_of_value_0_did_not_come() -> None:
+    [found] = prepared(said("signal", 0.0, signal="clicked")).judgements
+    assert found.value == 0.0
+
+
+def test_a_dwell_is_long_or_short_by_their_median() -> None:
+    seconds = (1.0, 2.0, 30.0)
+    found = prepared(*(said("signal", value, signal="dwell", user=f"u{value}") for value in seconds)).judgements
+    assert [one.value for one in found] == [0.0, 0.0, 1.0]
