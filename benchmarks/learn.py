@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -134,7 +134,7 @@ def main() -> None:
         with given.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), file=sys.stderr, flush=True)
-    print(table(newest(read(given.results))))
+    print(table([row for row in newest(read(given.results)) if (row["judged"].keys() == {"tuning"}) == given.tune]))
 
 
 def arguments() -> argparse.Namespace:
@@ -251,7 +251,24 @@ def table(rows: Sequence[Json]) -> str:
         cell = row["cell"]
         where = (cell["taste"], cell["kind"], cell["count"], cell["noise"], row["learner"], row["lr"])
         together.setdefault(where, []).append(row)
-    return "\n".join([*lines, *(line_of(together[where]) for where in sorted(together, key=place))])
+    lines += [line_of(together[where]) for where in sorted(together, key=place)]
+    return "\n".join([*lines, "", *means(together)])
+
+
+def means(together: Mapping[tuple[Any, ...], Sequence[Json]]) -> Iterator[str]:
+    """Each learner's mean of satisfied × facts and of the KL, over the cells that all who are there have in common."""
+    found: dict[str, dict[tuple[Any, ...], Json]] = {}
+    for (*cell, learner, _), rows in together.items():
+        of_first = [next(iter(row["judged"].values())) for row in rows]
+        found.setdefault(learner, {})[tuple(cell)] = {
+            figure: statistics.fmean(judged[figure] for judged in of_first) for figure in ("product", "kl")
+        }
+    common = set.intersection(*map(set, found.values())) if found else set()
+    for learner in sorted(found, key=list(LEARNERS).index) if common else ():
+        product, kl = (
+            statistics.fmean(found[learner][cell][figure] for cell in common) for figure in ("product", "kl")
+        )
+        yield f"- {learner}: mean satisfied × facts {product:.3f}, KL {kl:.2f}, over {len(common)} cells"
 
 
 def place(where: tuple[Any, ...]) -> tuple[object, ...]:

@@ -92,14 +92,19 @@ class Learner:
     # straight from feedback
 
     def kto(self) -> None:
-        """KTO (2402.01306) on the thumbs."""
+        """KTO (2402.01306) on the thumbs, both sides weighing alike (its equation 8)."""
         from trl import KTOConfig, KTOTrainer
 
         rows = [
             {"prompt": self.text(row["prompt"]), "completion": row["reply"], "label": bool(row["label"])}
             for row in self.job["thumbs"]
         ]
-        args = KTOConfig(**self.settings(num_train_epochs=FEEDBACK_EPOCHS, per_device_train_batch_size=FEEDBACK_BATCH))
+        liked = max(sum(row["label"] for row in rows), 1)
+        ratio = max(len(rows) - liked, 1) / liked
+        args = KTOConfig(
+            **self.settings(num_train_epochs=FEEDBACK_EPOCHS, per_device_train_batch_size=FEEDBACK_BATCH),
+            desirable_weight=max(ratio, 1.0), undesirable_weight=max(1 / ratio, 1.0),
+        )  # fmt: skip
         self.train(KTOTrainer, args, Dataset.from_list(rows))
 
     def dpo(self) -> None:
