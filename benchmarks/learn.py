@@ -14,6 +14,7 @@ meanwhile ("quiet": false).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -30,7 +31,7 @@ from typing import Any
 
 from benchmarks.learn_heed import checked
 from benchmarks.peers import make_venv
-from benchmarks.servers import CACHE, ROOT
+from benchmarks.servers import CACHE, ROOT, NotHere
 from benchmarks.trials import JUDGED, Cell, Judge, groups
 from learner import trial
 from learner.config import LearnerConfig
@@ -129,7 +130,11 @@ def main() -> None:
         if one.key in done or (given.only and one.learner not in given.only):
             continue
         print(f"{one.learner}, {one.cell}, lr {one.lr:g} ...", file=sys.stderr, flush=True)
-        row = measure(one)
+        try:
+            row = measure(one)
+        except NotHere as error:
+            print(f"{one.learner} is left out: {error}", file=sys.stderr, flush=True)
+            continue
         given.results.parent.mkdir(parents=True, exist_ok=True)
         with given.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -167,7 +172,10 @@ def judge() -> Judge:
 
 
 def measure(one: Run) -> Json:
-    """One run, from feedback to a row of the table. Raises RuntimeError when the learner fails."""
+    """One run, from feedback to a row of the table.
+
+    Raises NotHere where the learner cannot be installed, RuntimeError where it fails or has another base than Heed.
+    """
     learner = LEARNERS[one.learner]
     python, script = learner.python(), "learn_heed" if learner.package is None else "learn_trl"
     with tempfile.TemporaryDirectory(prefix="heed-learn-") as work:
@@ -188,7 +196,7 @@ def measure(one: Run) -> Json:
         }
     return {
         "learner": one.learner, "cell": asdict(one.cell), "lr": one.lr, "judged": judged, **found,
-        "wall_s": others.wall_s, "others": share, "quiet": share < QUIET,
+        "feedback": digest(job["thumbs"]), "wall_s": others.wall_s, "others": share, "quiet": share < QUIET,
     }  # fmt: skip
 
 
@@ -211,6 +219,11 @@ def job_of(one: Run, work: Path) -> Json:
         "check": {"prompt": asked, "prompt_ids": said.prompt_ids, **judge().said("reply", said)},
         **judge().feedback(one.cell),
     }
+
+
+def digest(thumbs: Sequence[Json]) -> str:
+    """What tells feedback apart: rows of one cell must have the same."""
+    return hashlib.sha256(json.dumps(thumbs).encode()).hexdigest()[:12]
 
 
 class Others:

@@ -15,6 +15,7 @@ import torch
 from benchmarks import learn
 from benchmarks.learn import LEARNERS, Run, key, newest, plan, table, tuning
 from benchmarks.learn_heed import checked, judgements
+from benchmarks.servers import NotHere
 from benchmarks.trials import JUDGED, SIZES, Cell, Judge, groups, pairs_of, phrasing, thumbs_of, with_product
 from feedback.raters import crowd
 from learner import corpus, trial
@@ -156,6 +157,22 @@ def test_a_finished_run_is_not_run_again_but_one_that_was_not_quiet_is(
     assert len(newest(learn.read(results))) == len(runs)
     assert {key(row) for row in learn.read(results)} == {run.key for run in runs}
     assert capsys.readouterr().out.count("| kto |") == 3 * len(runs)
+
+
+def test_a_learner_that_cannot_be_installed_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(run: Run) -> Json:
+        if run.learner == "kto":
+            raise NotHere("no network")
+        return row_of(run)
+
+    results = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(learn, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["learn", "--only", "kto", "--only", "dpo", "--results", str(results)])
+    learn.main()
+    assert {row["learner"] for row in learn.read(results)} == {"dpo"}
+    assert "kto is left out: no network" in capsys.readouterr().err
 
 
 def test_the_table_has_means_over_seeds_and_no_times_of_runs_that_were_not_quiet() -> None:
