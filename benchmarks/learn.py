@@ -18,28 +18,26 @@ import hashlib
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks.learn_heed import checked
-from benchmarks.peers import make_venv
-from benchmarks.servers import CACHE, ROOT, NotHere
-from benchmarks.trials import JUDGED, Cell, Judge, groups
+from benchmarks.learn_plan import LEARNERS, Run, plan, tuning
+from benchmarks.learn_table import table
+from benchmarks.servers import ROOT, NotHere
+from benchmarks.trials import Cell, Judge, groups
 from learner import trial
 from learner.config import LearnerConfig
 from learner.update import Trainer
 from serving.model import find_model
 
-TASTES = ("emoji", "personal+casual")
-"""One single taste, one conjunction."""
 QUIET = 0.05
 """Share of the processors that others may take of a run whose times count."""
 SAME = 1e-4
@@ -49,77 +47,6 @@ ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
 """Of each learner; OpenMP as in `heed up`: threads that wait let others work."""
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Learner:
-    """Who learns: its package beside torch (None: Heed itself), its method, its learning rate and those that were tried."""
-
-    name: str
-    package: str | None
-    lr: float
-    tried: tuple[float, ...]
-    seeds: int
-    """Runs of each cell."""
-
-    @property
-    def method(self) -> str:
-        return self.name.removeprefix("trl-")
-
-    def python(self) -> str:
-        """The interpreter that it runs in, made on demand. Raises NotHere."""
-        if self.package is None:
-            return sys.executable
-        home = CACHE / "learners" / self.package.replace("==", "-").removesuffix(".*")
-        if not (home / "whole").exists():
-            make_venv(home / "venv", "torch~=2.13.0", self.package, "peft")
-            (home / "whole").touch()
-        return str(home / "venv/bin/python")
-
-
-LEARNERS = {
-    learner.name: learner
-    for learner in (
-        Learner("heed", None, 1e-3, (5e-4, 1e-3, 2e-3), seeds=3),
-        Learner("trl-ppo", "trl==1.12.0", 1e-3, (5e-4, 1e-3, 2e-3), seeds=3),
-        Learner("rloo", "trl==1.16.*", 1e-3, (5e-4, 1e-3, 2e-3), seeds=1),
-        Learner("kto", "trl==1.16.*", 1e-3, (5e-4, 1e-3, 2e-3), seeds=1),
-        Learner("dpo", "trl==1.16.*", 1e-3, (5e-4, 1e-3, 2e-3), seeds=1),
-    )
-}
-TUNING = Cell("question", "thumb", 300, 0.1, 100)
-"""What learning rates are chosen on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One learner on one cell."""
-
-    learner: str
-    cell: Cell
-    lr: float
-    judged: tuple[str, ...] = JUDGED
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return self.learner, self.cell, self.lr, self.judged
-
-
-def plan() -> Iterator[Run]:
-    """All runs, those that tell most first: 300 thumbs, a tenth wrong, then the other noise and kind, then the other counts."""
-    for kind, count, noise in (
-        *(("thumb", 300, 0.1), ("thumb", 300, 0.25), ("preference", 300, 0.1)),
-        *(("thumb", 150, 0.1), ("thumb", 100, 0.1), ("thumb", 1000, 0.1)),
-    ):
-        for seed in range(max(learner.seeds for learner in LEARNERS.values())):
-            for learner in LEARNERS.values():
-                if seed < learner.seeds and (count != 150 or learner.package is None):
-                    yield from (Run(learner.name, Cell(name, kind, count, noise, seed), learner.lr) for name in TASTES)
-
-
-def tuning() -> Iterator[Run]:
-    for learner in LEARNERS.values():
-        yield from (Run(learner.name, TUNING, lr, ("tuning",)) for lr in learner.tried)
 
 
 def main() -> None:
@@ -250,76 +177,6 @@ def busy_s() -> float:
 def children_s() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def table(rows: Sequence[Json]) -> str:
-    """A line a learner and cell, means over its seeds, as Markdown; times and rates of quiet runs alone."""
-    lines = [
-        "| taste | feedback | learner | lr | seeds | satisfied | facts | satisfied × facts | KL | paraphrased | untaught "
-        "| s | rollouts/s | MB above imports |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    together: dict[tuple[object, ...], list[Json]] = {}
-    for row in rows:
-        cell = row["cell"]
-        where = (cell["taste"], cell["kind"], cell["count"], cell["noise"], row["learner"], row["lr"])
-        together.setdefault(where, []).append(row)
-    lines += [line_of(together[where]) for where in sorted(together, key=place)]
-    return "\n".join([*lines, "", *means(together)])
-
-
-def means(together: Mapping[tuple[Any, ...], Sequence[Json]]) -> Iterator[str]:
-    """Each learner's mean of satisfied × facts and of the KL, over the cells that all who are there have in common."""
-    found: dict[str, dict[tuple[Any, ...], Json]] = {}
-    for (*cell, learner, _), rows in together.items():
-        of_first = [next(iter(row["judged"].values())) for row in rows]
-        found.setdefault(learner, {})[tuple(cell)] = {
-            figure: statistics.fmean(judged[figure] for judged in of_first) for figure in ("product", "kl")
-        }
-    common = set.intersection(*map(set, found.values())) if found else set()
-    for learner in sorted(found, key=list(LEARNERS).index) if common else ():
-        product, kl = (
-            statistics.fmean(found[learner][cell][figure] for cell in common) for figure in ("product", "kl")
-        )
-        yield f"- {learner}: mean satisfied × facts {product:.3f}, KL {kl:.2f}, over {len(common)} cells"
-
-
-def place(where: tuple[Any, ...]) -> tuple[object, ...]:
-    name, kind, count, noise, learner, lr = where
-    return "+" in name, name, kind != "thumb", noise, count, list(LEARNERS).index(learner), lr
-
-
-def line_of(rows: Sequence[Json]) -> str:
-    first, quiet = rows[0], [row for row in rows if row["quiet"]]
-    cell, main_group = first["cell"], next(iter(first["judged"]))
-
-    def mean(group: str, figure: str) -> float:
-        return statistics.fmean(row["judged"][group][figure] for row in rows)
-
-    def elsewhere(group: str) -> str:
-        if group not in first["judged"]:
-            return "–"
-        return " / ".join(f"{mean(group, figure):.2f}" for figure in ("satisfied", "facts", "kl"))
-
-    error = statistics.fmean(row["judged"][main_group]["error"] ** 2 for row in rows) ** 0.5 / len(rows) ** 0.5
-    rates = [row["rollouts"] / row["ppo_s"] for row in quiet if row["ppo_s"]]
-    refused = sum(bool(row["refused"]) for row in rows)
-    kinds = {"thumb": "thumbs", "preference": "preferences"}
-    parts = [
-        cell["taste"],
-        f"{cell['count']} {kinds[cell['kind']]}, {cell['noise']:.0%} wrong",
-        first["learner"] + (f" ({refused} refused)" if refused else ""),
-        f"{first['lr']:g}",
-        str(len(rows)),
-        *(f"{mean(main_group, figure):.3f}" for figure in ("satisfied", "facts")),
-        f"**{mean(main_group, 'product'):.3f}** ± {error:.3f}",
-        f"{mean(main_group, 'kl'):.2f}",
-        *(elsewhere(group) for group in JUDGED[1:]),
-        f"{statistics.fmean(row['wall_s'] for row in quiet):.0f}" if quiet else "–",
-        f"{statistics.fmean(rates):.0f}" if rates else "–",
-        f"{statistics.fmean(row['peak_mb'] - row['imports_mb'] for row in rows):.0f}",
-    ]
-    return "| " + " | ".join(parts) + " |"
 
 
 if __name__ == "__main__":

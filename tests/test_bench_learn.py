@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from benchmarks import learn
-from benchmarks.learn import LEARNERS, Run, key, newest, plan, table, tuning
+from benchmarks.learn import key, newest
 from benchmarks.learn_heed import checked, judgements
+from benchmarks.learn_plan import LEARNERS, Run, plan, tuning
+from benchmarks.learn_table import table
 from benchmarks.servers import NotHere
 from benchmarks.trials import JUDGED, SIZES, Cell, Judge, groups, pairs_of, phrasing, thumbs_of, with_product
 from feedback.raters import crowd
