@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 PYTHON ?=
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-.PHONY: help up test lint format bench bench-learn bench-serving bench-swaps bench-turns bench-decode bench-ingest soak clean
+.PHONY: help up test lint format bench bench-learn bench-learn-peers bench-serving bench-swaps bench-turns bench-decode bench-ingest soak clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -31,10 +31,13 @@ format: $(VENV)/.heed-test ## put imports and layout in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-learn bench-serving bench-swaps bench-turns bench-decode bench-ingest ## run the benchmarks (hours; finished parts are kept)
+bench: bench-learn bench-learn-peers bench-serving bench-swaps bench-turns bench-decode bench-ingest ## run the benchmarks (hours; finished parts are kept)
 
 bench-learn: $(VENV)/.heed-test ## how fast and how well it learns from thumbs (resumable)
 	$(BIN)/python -m benchmarks.learn_live
+
+bench-learn-peers: $(VENV)/.heed-test ## how well and how fast it learns beside TRL (which it installs: gigabytes; resumable)
+	$(BIN)/python -m benchmarks.learn
 
 bench-serving: $(VENV)/.heed-test ## how fast it serves, beside other servers (which it installs: gigabytes)
 	$(BIN)/python -m benchmarks.serving
