@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 PYTHON ?=
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-.PHONY: help up test lint format bench bench-learn bench-learn-peers bench-serving bench-swaps bench-turns bench-decode bench-ingest soak clean
+.PHONY: help up test lint format bench bench-learn bench-learn-peers bench-serving bench-swaps bench-turns bench-decode bench-ingest soak faults clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -57,6 +57,9 @@ bench-ingest: $(VENV)/.heed-test ## how much feedback a second is taken, beside 
 soak: $(VENV)/.heed-test ## the long versions of the tests that kill, cut off and fill up, and of those for leaks
 	HEED_SOAK=1 $(BIN)/python -m pytest -m "" --timeout=7200 tests/test_kill9.py tests/test_log_crash.py \
 	  tests/test_chaos.py tests/test_memory.py
+
+faults: $(VENV)/.heed-test ## plant each fault of tests/faults.toml in a copy of the learner: a test must fail
+	$(BIN)/python -m tests.plant
 
 clean: ## remove what was installed and cached here (never heed-data)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
