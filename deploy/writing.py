@@ -16,12 +16,15 @@ IN_FLIGHT = 4000
 Encoded = tuple[list[int], list[int]]
 """Prompt ids and reply ids."""
 
+TICK_S = 1e-6
+"""Between two lines without a time, so that they keep their order wherever it is asked for."""
+
 
 class Writing:
     """Hands what was read to the log, many events at a time."""
 
     def __init__(self, ids: Ids, log: Log, *, policy: str, base: str, now: float) -> None:
-        """`base` is the fingerprint of the base model; `now`, in epoch seconds, is when what has no time was said."""
+        """`base`: the fingerprint of the base model; `now`: when the first of what has no time was said, epoch seconds."""
         self.ids, self.log, self.policy, self.base, self.now = ids, log, policy, base, now
         self.caller = ids.pseudonym("import")
         self._flying: deque[Future[int]] = deque()
@@ -32,6 +35,7 @@ class Writing:
         name = past.id if past.id is not None else f"{self.ids.digest(content)} {repeat}"
         parts = (self.policy, self.base, "id" if past.id is not None else "content", name)
         at = self.now if past.at is None else past.at
+        self.now += TICK_S
         replies = [self.ids.imported_reply(*parts, str(place)) for place in range(len(past.replies))]
         for reply_id, reply, ids in zip(replies, past.replies, encoded, strict=True):
             self._hand_in(EXCHANGES, replies[0], self._exchange(past, at, reply_id, replies[0], reply, ids).to_json())
