@@ -1,6 +1,6 @@
 """Plants each fault of faults.toml alone in a copy of the code: the tests named with it must fail, and pass without it.
 
-    python -m tests.plant [PART OF A NAME …]
+python -m tests.plant [PART OF A NAME …]
 """
 
 from __future__ import annotations

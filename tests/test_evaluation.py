@@ -13,6 +13,7 @@ from learner.crossfit import CrossFit, RewardConfig, Tried
 from learner.evaluation import by_channel, calibration_error, compared, rater_agreement
 from learner.evidence import Evidence
 from learner.losses import CHANNELS, Links
+from learner.state import Judgement
 from tests.test_prepare import BAD, GOOD, OTHER, said
 from tests.test_reward import EOS, embeddings, no_states, random_thumbs, thumbs
 
@@ -20,8 +21,8 @@ ROWS = {(one.prompt_ids, one.reply_ids): row for row, one in enumerate((GOOD, BA
 UTILITY_N = torch.tensor([1.0, -1.0, 0.0])
 
 
-def tried(*judgements: object) -> Tried:
-    evidence = Evidence.of(judgements, ROWS, {}, RewardConfig())  # type: ignore[arg-type]
+def tried(*judgements: Judgement) -> Tried:
+    evidence = Evidence.of(judgements, ROWS, {}, RewardConfig())
     links = Links(0, 0.0, tuple(dict.fromkeys([*CHANNELS, *evidence.channels])))
     return Tried(list(range(len(judgements))), evidence, links.requires_grad_(False), UTILITY_N)
 

@@ -37,7 +37,7 @@ def of_kind(kind: str) -> list[Judgement]:
     for n, (nice, plain) in enumerate(pairs(60)):
         good, bad, user = sample(2 * n, nice, n % 20), sample(2 * n + 1, plain, n % 20), f"u{n % 12}"
         if kind == "ranking":
-            third = sample(1000 + n, (*plain[:-1], plain[0], EOS), n % 20)
+            third = sample(1000 + n, (plain[-2], *plain[1:-2], plain[0], EOS), n % 20)
             made.append(replace(judgement(n, kind, 1.0, good, user, bad), ranked=(good, bad, third)))
         elif kind == "correction":
             made.append(judgement(n, kind, 1.0, good, user, bad))
