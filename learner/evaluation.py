@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,8 @@ Figures = Mapping[str, float | None]
 preferences and corrections, Kendall's `tau` of ratings and rankings (ties in what was said left out)."""
 
 Bin = tuple[float, float, int]
+Key = tuple[tuple[int, ...], tuple[int, ...]]
+"""Prompt and reply."""
 
 OVERALL = (*CHANNELS, "ranking")
 """What people say of a reply as a whole, and mean so. That an edited text differs from a sampled one, or what is copied, may be
@@ -75,6 +78,19 @@ def calibration(tried: Sequence[Tried], channel: str) -> list[Bin]:
         return []
     foretold = [_foretold(part.evidence.at(here_J), channel, part) for part, here_J in zip(tried, here, strict=True)]
     return bins(*(torch.cat(side) for side in zip(*foretold, strict=True)))
+
+
+def surprises(tried: Sequence[Tried], judgements: Sequence[Judgement]) -> dict[Key, float]:
+    """Of each reply that got thumbs what was said (1 up, 0 down) less what was foretold by who never saw it, in the mean."""
+    gaps = defaultdict[Key, list[float]](list)
+    for part in tried:
+        here_J = part.evidence.of_channel("thumb")
+        thumbs = part.evidence.at(here_J)
+        gap_J = thumbs.value_J - part.links.logit("thumb", part.utility_N[thumbs.reply_J]).sigmoid()
+        for row, gap in zip(here_J.nonzero()[:, 0].tolist(), gap_J.tolist(), strict=True):
+            reply = judgements[part.index_J[row]].reply
+            gaps[reply.prompt_ids, reply.reply_ids].append(gap)
+    return {key: fmean(found) for key, found in gaps.items()}
 
 
 def bins(chance_J: Tensor, came_J: Tensor) -> list[Bin]:

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from learner import ppo
 from learner.critic import crossfit_values
+from learner.live import LARGEST_WEIGHT, Live
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
 from learner.objectives import PPO, RLOO, Objective, Reinforce, a2c, entropy_loss
 from learner.rollouts import Prompt, Rollout, Sampler, repetition, shuffled
@@ -62,6 +63,10 @@ class PPOConfig:
     """Of the rollouts, and of the distributions that the ratio and the KL of a batch are between."""
     entropy: float = 0.0
     """What a nat of a token's entropy is worth beside the objective."""
+    live_share: float = 0.25
+    """Of a batch: at most so much of it are replies that people were served."""
+    live_trust: float = 1.0
+    """By how much what a person said of a served reply moves its score, in standard deviations at a full surprise."""
     batches: int = 16
     """At most so many in an update; one more is sampled to see what the last of them brought."""
     lr: float = 1e-3
@@ -167,8 +172,10 @@ class Improver:
         sampler: Sampler,
         config: PPOConfig,
         seed: int,
+        live: Live | None = None,
     ) -> None:
         self.model, self.reward, self.sampler, self.config = model, reward, sampler, config
+        self.live = live
         self.objective = objective_of(config)
         self.policy = model.adapter(POLICY)
         self.parameters = list(self.policy.parameters())
@@ -195,10 +202,11 @@ class Improver:
             progress("rollouts", number / config.batches)
             started = time.perf_counter()
             weights = self.policy.weights()
-            rollouts = self.roll_out(queue, weights)
+            served = self.draw_live()
+            rollouts = self.roll_out(queue, weights, self.config.rollouts - len(served))
             sampled = time.perf_counter()
             self.beat()
-            experience = self.look_at(rollouts)
+            experience = self.look_at(rollouts, served)
             figures = experience.figures | {"beta": self.control.beta, "rollouts_s": sampled - started}
             report.batches.append(figures)
             kept.append(weights)
@@ -240,17 +248,33 @@ class Improver:
 
     # experience
 
-    def roll_out(self, queue: Iterator[Prompt], weights: AdapterWeights) -> list[Rollout]:
-        """A batch of fresh replies to the next prompts, as many to each as the objective compares."""
+    def draw_live(self) -> list[Rollout]:
+        """Live replies that may serve in the next batch. An objective that compares replies to one prompt takes none."""
+        if self.live is None or self.objective.samples > 1:
+            return []
+
+        @torch.no_grad()
+        def prox(taken: Sequence[Tokens]) -> list[list[float]]:
+            batch = Batch.of(taken)
+            found = {}
+            for rows, said_BT in self.each(lambda _, part: self.model.logprobs(part, POLICY), batch):
+                for place, row in enumerate(rows):
+                    found[row] = said_BT[place][batch.mask_BT[row, : said_BT.shape[1]]].tolist()
+            return [found[row] for row in range(len(taken))]
+
+        return self.live.draw(int(self.config.live_share * self.config.rollouts), prox)
+
+    def roll_out(self, queue: Iterator[Prompt], weights: AdapterWeights, count: int) -> list[Rollout]:
+        """So many fresh replies to the next prompts, as many to each as the objective compares."""
         samples = self.objective.samples
-        asked = itertools.islice(queue, max(self.config.rollouts // samples, 1))
+        asked = itertools.islice(queue, max(count // samples, 1))
         prompts = [prompt for prompt in asked for _ in range(samples)]
         return self.sampler.sample(prompts, weights, self.random.getrandbits(32), self.config.temperature)
 
     @torch.no_grad()
-    def look_at(self, rollouts: Sequence[Rollout]) -> Experience:
-        """Score rollouts and work out what each token was worth."""
-        config = self.config
+    def look_at(self, fresh: Sequence[Rollout], served: Sequence[Rollout] = ()) -> Experience:
+        """Score replies and work out what each token was worth. The figures are of the fresh ones alone."""
+        config, rollouts, count = self.config, [*fresh, *served], len(fresh)
         batch = Batch.of(rollouts)
         mask_BT = batch.mask_BT
         number_BT = batch.spread(torch.arange(int(mask_BT.sum())))
@@ -266,6 +290,9 @@ class Improver:
         scores_B = torch.stack([running_T[-1] for running_T in running])
         cut_B = torch.tensor([not rollout.ended for rollout in rollouts])
         repeated_B = torch.tensor([repetition(rollout.reply_ids) for rollout in rollouts])
+        if self.live is not None:
+            said_B = torch.tensor([0.0] * count + [self.live.said(one) for one in served])
+            scores_B = (scores_B + config.live_trust * said_B).clamp(-config.score_clip, config.score_clip)
         penalised_B = scores_B - config.missing_eos_penalty * cut_B - config.repetition_penalty * repeated_B
         k1_BT = ppo.k1(old_BT, base_BT, mask_BT)
         divergence_BT = k1_BT + config.chi_share * ppo.chi2(k1_BT, config.chi_bound)
@@ -278,15 +305,21 @@ class Improver:
             values_BT = batch.spread(crossfit_values(features_NF, returns_BT[mask_BT], mask_BT.nonzero()[:, 0]))
         advantages_BT = self.objective.advantages(rewards_BT, values_BT, mask_BT)
         figures = {
-            "score": float(penalised_B.mean()),
-            "kl": float(kl_BT.sum(1).mean()),
-            "k1": float(k1_BT.sum(1).mean()),
-            "tokens": float(mask_BT.sum(1).float().mean()),
-            "ended": 1 - float(cut_B.float().mean()),
-            "repetition": float(repeated_B.mean()),
-            "explained_variance": ppo.explained_variance(values_BT, returns_BT, mask_BT),
+            "score": float(penalised_B[:count].mean()),
+            "kl": float(kl_BT[:count].sum(1).mean()),
+            "k1": float(k1_BT[:count].sum(1).mean()),
+            "tokens": float(mask_BT[:count].sum(1).float().mean()),
+            "ended": 1 - float(cut_B[:count].float().mean()),
+            "repetition": float(repeated_B[:count].mean()),
+            "explained_variance": ppo.explained_variance(values_BT[:count], returns_BT[:count], mask_BT[:count]),
         }
-        return Experience(batch, old_BT, rewards_BT, values_BT, ppo.whiten(advantages_BT, mask_BT), figures)
+        advantages_BT = ppo.whiten(advantages_BT, mask_BT)
+        if served:
+            behaviour_BT = batch.spread(torch.tensor([p for one in rollouts for p in one.logprobs]))
+            behaviour_BT[:count] = old_BT[:count]
+            advantages_BT = advantages_BT * ppo.staleness_weight(old_BT, behaviour_BT, mask_BT, LARGEST_WEIGHT)
+            figures["live"] = float(len(served))
+        return Experience(batch, old_BT, rewards_BT, values_BT, advantages_BT, figures)
 
     # steps
 

@@ -26,6 +26,7 @@ from learner.due import Due
 from learner.figures import jsonable
 from learner.intake import Intake
 from learner.ledger import Learned, Ledger, Update, number_of
+from learner.live import served
 from learner.metrics import LearnerMetrics
 from learner.notices import Notices
 from learner.page import keep_page, update_page
@@ -196,9 +197,12 @@ class Learner:
         """Let the trainer make a candidate; None when it broke, which ends this update and not the learner."""
         judgements, prompts = self.state.judgements(JUDGEMENTS), self.state.prompts(PROMPTS)
         parent, seed = self.releaser.weights(update.current), self.config.seed + update.number
+        live = served(self.state, JUDGEMENTS, update.current) if self.config.live_share else ()
         try:
             with self.stopping.at_once():
-                return self.trainer.learn(judgements, prompts, parent=parent, seed=seed, progress=self.progress)
+                return self.trainer.learn(
+                    judgements, prompts, parent=parent, seed=seed, served=live, progress=self.progress
+                )
         except Exception:
             _log.exception("update %d failed", update.number)
             return None

@@ -101,6 +101,11 @@ def ratio(new_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return k1(new_BT, old_BT, mask_BT).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
+def staleness_weight(prox_BT: Tensor, behaviour_BT: Tensor, mask_BT: Tensor, bound: float) -> Tensor:
+    """min(π_prox ÷ π_behaviour, bound) of each token, [B, T]: what a token that another policy said counts (2505.24298)."""
+    return ratio(prox_BT, behaviour_BT, mask_BT).clamp(max=bound)
+
+
 def policy_loss(
     new_BT: Tensor,
     old_BT: Tensor,

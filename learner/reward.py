@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from learner.concordance import concordance
 from learner.crossfit import CrossFit, Member, RewardConfig
-from learner.evaluation import Bin, Figures, by_channel, calibration, compared, rater_agreement
+from learner.evaluation import Bin, Figures, Key, by_channel, calibration, compared, rater_agreement, surprises
 from learner.evidence import chance_nll
 from learner.features import Tables
 from learner.prepare import NOBODYS
@@ -84,6 +84,7 @@ class RewardModel:
         self.embeddings_VH, self.eos_ids, self.config, self.states = embeddings_VH, eos_ids, config, states
         self.tables: Tables | None = None
         self.rated: tuple[Sequence[Sample], Tensor] = ((), torch.zeros(0, 0))
+        self.surprises: Mapping[Key, float] = {}
         """The judged replies of the last fit, and what the base makes of them, [N, S]."""
         self.slope, self.offset = 1.0, 0.0
         self.shift, self.scale = 0.0, 1.0
@@ -97,7 +98,7 @@ class RewardModel:
     ) -> RewardReport:
         """Learn from all judgements anew. `reference`: replies of the reference policy, which fix the scale of the score."""
         fit = CrossFit(self.embeddings_VH, self.eos_ids, judgements, self.states, self.config, seed, progress)
-        self.tables, self.rated = fit.tables(), fit.rated
+        self.tables, self.rated, self.surprises = fit.tables(), fit.rated, surprises(fit.unseen(), fit.judgements)
         utility_KB = self._normalise(self._utilities(reference), fit.members)
         return self._report(fit, utility_KB, [len(sample.reply_ids) for sample in reference])
 

@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from feedback.raters import Rater, Taste, crowd, taste
 from learner import corpus
 from learner.config import LearnerConfig
 from learner.direct import EXAMPLES
 from learner.improve import POLICY, Progress
+from learner.live import LiveReply
+from learner.model import Batch, length_sorted
 from learner.rollouts import Prompt, Rollout
 from learner.state import Judgement, Sample
 from learner.update import Trainer
@@ -78,7 +82,8 @@ def run_cell(
     judgements = feedback(trainer, halves.seen, crowd(liked, RATERS, noise=noise, seed=seed), count, seed, kind)
     prompts = list(dict.fromkeys(one.reply.prompt_ids for one in judgements))
     started, worked = time.perf_counter(), time.process_time()
-    candidate = trainer.learn(judgements, prompts, parent=None, seed=seed, progress=progress)
+    live = served(trainer, judgements)
+    candidate = trainer.learn(judgements, prompts, parent=None, seed=seed, served=live, progress=progress)
     took_s, cpu_s = time.perf_counter() - started, time.process_time() - worked
     peak_mb = memory_mb("VmHWM")
     asked = [encoded(trainer, text) for text in halves.unseen] * FRESH
@@ -93,6 +98,7 @@ def run_cell(
         "why": " ".join(check.sentence for check in candidate.gate.checks if check.verdict == "fail"),
         "seconds": took_s,
         "cpu_s": cpu_s,
+        "live": candidate.report.get("live"),
         "phases_s": candidate.report["seconds"],
         "rollouts_per_s": None if objective in EXAMPLES else rollouts_per_s(candidate.report, config.rollouts),
         "memory_mb": None if before_mb is None or peak_mb is None else peak_mb - before_mb,
@@ -118,6 +124,28 @@ def feedback(
             up = float(bool(rater.thumb(text, said[0])))
             judgements.append(Judgement(f"f{turn}", kind, rater.user, up, samples[0], None, float(turn)))
     return judgements
+
+
+def served(trainer: Trainer, judgements: Sequence[Judgement]) -> list[LiveReply]:
+    """The judged replies as the base served them."""
+    samples = [sample for one in judgements for sample in (one.reply, one.other) if sample is not None]
+    batch = Batch.of(samples)
+    said_BT = torch.zeros(batch.mask_BT.shape)
+    with torch.no_grad():
+        for rows in length_sorted(batch.lengths, trainer.ppo.micro_tokens):
+            part = trainer.model.logprobs(batch.rows(rows), None)
+            said_BT[rows, : part.shape[1]] = part
+    return [
+        LiveReply(
+            one.prompt_ids,
+            one.reply_ids,
+            ended=one.reply_ids[-1] in trainer.chat.eos_ids,
+            logprobs=tuple(said_T[mask_T].tolist()),
+            behind=0,
+            full_support=True,
+        )
+        for one, said_T, mask_T in zip(samples, said_BT, batch.mask_BT, strict=True)
+    ]
 
 
 def exchanges(

@@ -24,6 +24,7 @@ from learner.direct import EXAMPLES, Direct
 from learner.exhibits import Exhibits, Reply, first_of_each, looked_at, pairs
 from learner.gate import GateReport
 from learner.improve import POLICY, Improver, PolicyReport, PPOConfig, Progress
+from learner.live import Live, LiveReply
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
 from learner.prepare import prepare
 from learner.reward import RewardModel, RewardReport
@@ -103,13 +104,16 @@ class Trainer:
         *,
         parent: AdapterWeights | None,
         seed: int,
+        served: Sequence[LiveReply] = (),
         progress: Progress = lambda phase, fraction, batch=None: None,
     ) -> Candidate:
         """A candidate from all judgements that count. `parent`: the version it would replace, None for the base.
 
+        `served`: replies that may be experience beside fresh ones.
+
         When the reward model knows nothing the policy is not moved, and the gate says so.
         """
-        return Round(self, judgements, prompts, parent, seed, progress).run()
+        return Round(self, judgements, prompts, parent, seed, served, progress).run()
 
     def mean_kl(self, rollouts: Sequence[Rollout]) -> float:
         """Full-vocabulary KL of the policy to the reference, nats a reply, on replies that the policy made."""
@@ -153,8 +157,10 @@ class Round:
         prompts: Sequence[Prompt],
         parent: AdapterWeights | None,
         seed: int,
+        served: Sequence[LiveReply],
         progress: Progress,
     ) -> None:
+        self.served = served
         self.trainer, self.model, self.config = trainer, trainer.model, trainer.config
         self.parent = parent
         self.asked = len(prompts)
@@ -221,6 +227,8 @@ class Round:
         self.start = self.model.adapter(POLICY).weights()
         with contextlib.closing(self.improver()) as improver:
             report = improver.run(self.prompts, self.progress)
+            if improver.live is not None:
+                self.report["live"] = improver.live.report()
         rollouts_s = sum(batch["rollouts_s"] for batch in report.batches)
         self.report["policy"] = {
             "started_from": started_from,
@@ -237,7 +245,12 @@ class Round:
         """What moves the policy: by fresh replies or by those that were judged."""
         trainer = self.trainer
         parts = (self.model, trainer.reward, trainer.sampler, trainer.ppo, self.seed)
-        return Direct(*parts, self.judgements) if trainer.ppo.objective in EXAMPLES else Improver(*parts)
+        if trainer.ppo.objective in EXAMPLES:
+            return Direct(*parts, self.judgements)
+        if not self.served or not trainer.ppo.live_share:
+            return Improver(*parts)
+        room = self.config.rollout_tokens
+        return Improver(*parts, Live.of(self.served, trainer.reward.surprises, room, self.seed))
 
     def checks(self) -> list[gate.Check]:
         """What the gate asks of the candidate, on fresh replies to the prompts that the base was asked too."""
@@ -338,6 +351,7 @@ def ppo_config(config: LearnerConfig, parameters: int) -> PPOConfig:
         objective=config.objective,
         entropy=config.entropy,
         temperature=config.rollout_temperature,
+        live_share=config.live_share,
         rollouts=config.rollouts,
         minibatch=config.minibatch,
         epochs=config.ppo_epochs,

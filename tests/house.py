@@ -43,7 +43,7 @@ config = load(LearnerConfig, environ={}, toml=None, flags=json.loads(sys.argv[1]
 ends = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
 
 class Quick(update.Trainer):
-    def learn(self, judgements, prompts, *, parent, seed, progress):
+    def learn(self, judgements, prompts, *, parent, seed, served, progress):
         for phase in ("reward", "rollouts", "ppo", "gate"):
             for step in range(10):
                 progress(phase, step / 10)

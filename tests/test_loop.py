@@ -28,6 +28,7 @@ from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.exhibits import Exhibits
 from learner.ledger import Ledger, Update
+from learner.live import LiveReply
 from learner.loop import Learner
 from learner.metrics import LearnerMetrics
 from learner.phases import Phases
@@ -90,9 +91,11 @@ class ReadyMade:
         *,
         parent: AdapterWeights | None,
         seed: int,
+        served: Sequence[LiveReply],
         progress: Callable[[str, float], None],
     ) -> Candidate:
-        self.calls.append({"judgements": judgements, "prompts": prompts, "parent": parent, "seed": seed})
+        given = {"judgements": judgements, "prompts": prompts, "parent": parent, "seed": seed, "served": served}
+        self.calls.append(given)
         for phase in ("reward", "rollouts", "ppo", "rollouts", "ppo", "gate"):
             progress(phase, 0.5)
             if phase == "ppo":

@@ -151,7 +151,7 @@ def test_where_nothing_has_moved_yet_all_that_weigh_tokens_alike_agree() -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_2_a_learning_rate_of_0_leaves_every_ratio_at_1(name: str, temperature: float) -> None:
     found = improver(dataclasses.replace(SMALL, objective=name, lr=0.0, temperature=temperature))
-    experience = found.look_at(found.roll_out(iter(PROMPTS * 9), found.policy.weights()))
+    experience = found.look_at(found.roll_out(iter(PROMPTS * 9), found.policy.weights(), found.config.rollouts))
     done = found.learn_from(experience)
     assert done["moved"] < 1e-9
     assert done["epochs"] == (2 if name == "ppo" else 1)
@@ -198,7 +198,7 @@ def test_reinforce_takes_the_values_off_what_was_to_come() -> None:
 
 def test_rloo_asks_each_prompt_as_often_as_it_compares() -> None:
     found = improver(dataclasses.replace(SMALL, objective="rloo", samples=4, rollouts=12))
-    rollouts = found.roll_out(iter(PROMPTS), None)
+    rollouts = found.roll_out(iter(PROMPTS), None, found.config.rollouts)
     assert [rollout.prompt_ids for rollout in rollouts] == [prompt for prompt in PROMPTS[:3] for _ in range(4)]
     assert len({rollout.reply_ids for rollout in rollouts[:4]}) > 1
 
@@ -230,7 +230,7 @@ def test_an_entropy_bonus_keeps_replies_various() -> None:
 def test_cooler_rollouts_are_likelier_ones_and_their_kl_is_between_cooled_policies() -> None:
     cool, plain = (improver(dataclasses.replace(SMALL, temperature=temperature)) for temperature in (0.5, 1.0))
     cool.policy.load(bases.adapter(cool.model.base, scaling=0.3))
-    rollouts = cool.roll_out(iter(PROMPTS * 9), cool.policy.weights())
+    rollouts = cool.roll_out(iter(PROMPTS * 9), cool.policy.weights(), cool.config.rollouts)
     others = plain.roll_out(iter(PROMPTS * 9), cool.policy.weights())
     assert sum(sum(one.logprobs) for one in rollouts) > sum(sum(one.logprobs) for one in others) + 10
     seen = cool.look_at(rollouts)
