@@ -466,7 +466,7 @@ def test_what_went_out_comes_in_again_as_the_same_judgements(
         assert heed("feedback", "import", file, "--data", "new").code == 0
     here = learned(tmp_path / "new")
     assert judged(here) == judged(there)
-    assert len(judged(here)) == 4
+    assert len(judged(here)) == 5
     assert set(here.prompts(99)) == set(there.prompts(99))
     aspects = "SELECT aspect, count(*) FROM feedback GROUP BY aspect"
     assert here.db.execute(aspects).fetchall() == there.db.execute(aspects).fetchall()
