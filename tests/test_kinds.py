@@ -133,7 +133,7 @@ def test_feedback_of_every_kind_posted_to_the_log_reaches_the_reward_model(train
     with closing(State(tmp_path / "state.db", policy="default", base=trainer.base.fingerprint)) as state:
         state.absorb(records(*events(trainer)), NOW)
         judgements, prompts = state.judgements(), state.prompts(100)
-    round_ = Round(trainer, judgements, prompts, None, 0, lambda *_: None)
+    round_ = Round(trainer, judgements, prompts, None, 0, (), lambda *_: None)
     report = round_.fit_reward()
     assert report.judgements == {"ranking": 24, "correction": 24, "signal": 24, "thumb": 48}
     assert set(report.unseen) == {"thumb", "thumb:safe", "ranking", "correction", "signal:copied"}

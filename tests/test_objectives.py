@@ -231,7 +231,7 @@ def test_cooler_rollouts_are_likelier_ones_and_their_kl_is_between_cooled_polici
     cool, plain = (improver(dataclasses.replace(SMALL, temperature=temperature)) for temperature in (0.5, 1.0))
     cool.policy.load(bases.adapter(cool.model.base, scaling=0.3))
     rollouts = cool.roll_out(iter(PROMPTS * 9), cool.policy.weights(), cool.config.rollouts)
-    others = plain.roll_out(iter(PROMPTS * 9), cool.policy.weights())
+    others = plain.roll_out(iter(PROMPTS * 9), cool.policy.weights(), plain.config.rollouts)
     assert sum(sum(one.logprobs) for one in rollouts) > sum(sum(one.logprobs) for one in others) + 10
     seen = cool.look_at(rollouts)
     torch.testing.assert_close(seen.old_BT, cool.model.logprobs(seen.batch, POLICY, 0.5).detach())
