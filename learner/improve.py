@@ -257,7 +257,9 @@ class Improver:
         def prox(taken: Sequence[Tokens]) -> list[list[float]]:
             batch = Batch.of(taken)
             found = {}
-            for rows, said_BT in self.each(lambda _, part: self.model.logprobs(part, POLICY), batch):
+            for rows, said_BT in self.each(
+                lambda _, part: self.model.logprobs(part, POLICY, self.config.temperature), batch
+            ):
                 for place, row in enumerate(rows):
                     found[row] = said_BT[place][batch.mask_BT[row, : said_BT.shape[1]]].tolist()
             return [found[row] for row in range(len(taken))]

@@ -15,7 +15,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -85,12 +85,21 @@ class Live:
     """Mean weight of each used reply's tokens."""
 
     @classmethod
-    def of(cls, replies: Sequence[LiveReply], surprise: Mapping[Key, float], room: int, seed: int) -> Live:
-        """`surprise`: of each rated reply what was said less what was foretold; `room`: tokens that a fresh reply may have."""
+    def of(
+        cls,
+        replies: Sequence[LiveReply],
+        surprise: Mapping[Key, float],
+        room: int,
+        max_len: int,
+        eos_ids: Collection[int],
+        seed: int,
+    ) -> Live:
+        """`surprise`: of each rated reply what was said less what was foretold; `room`: tokens that a fresh reply may have;
+        `max_len`: and those of it and its prompt."""
         rejected: Counter[str] = Counter()
         usable = []
         for one in replies:
-            why = _unusable(one, room)
+            why = _unusable(one, room, max_len, eos_ids)
             if why is None:
                 usable.append(one)
             else:
@@ -128,9 +137,13 @@ class Live:
         }
 
 
-def _unusable(one: LiveReply, room: int) -> str | None:
+def _unusable(one: LiveReply, room: int, max_len: int, eos_ids: Collection[int]) -> str | None:
     if not one.full_support or len(one.logprobs) != len(one.reply_ids):
         return "support"
     if not 0 <= one.behind <= STALEST:
         return "stale"
-    return "length" if not 0 < len(one.reply_ids) <= room else None
+    if not 0 < len(one.reply_ids) <= room or len(one.prompt_ids) + len(one.reply_ids) > max_len:
+        return "length"
+    # cut by whoever asked or left, or made to go on: a fresh reply ends where the policy ends it, or at the limit
+    whole = one.ended or len(one.reply_ids) == room
+    return None if whole and not any(token in eos_ids for token in one.reply_ids[:-1]) else "cut"

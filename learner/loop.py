@@ -232,9 +232,11 @@ class Learner:
         """The gate said no: nothing ships, and everyone can read why."""
         said = " ".join(check.sentence for check in candidate.gate.checks if check.verdict == "fail")
         why = f"the gate said no to update {update.number}: {said}"
+        page = self.page(update, candidate)
         try:
-            place = keep_page(self.config.folder / "reports", update.number, self.page(update, candidate))
-            _log.info("update %d: its report is %s", update.number, place)
+            if page is not None:
+                place = keep_page(self.config.folder / "reports", update.number, page)
+                _log.info("update %d: its report is %s", update.number, place)
         except OSError as error:  # nothing leans on it
             _log.warning("update %d: no report is kept: %s", update.number, error)
         update = self.ledger.refused(update, self.learned(candidate), why, self.clock())
@@ -253,7 +255,8 @@ class Learner:
             gate=learned.gate,
             page=lambda version: self.page(update, candidate, version),
         )
-        _log.info("update %d: its report is %s", update.number, self.store.page(version))
+        if self.store.page(version).exists():
+            _log.info("update %d: its report is %s", update.number, self.store.page(version))
         update = self.ledger.published(update, version, learned)
         self.notices.learned(update)
         return update
@@ -285,10 +288,14 @@ class Learner:
         self.store.prune()
         return update
 
-    def page(self, update: Update, candidate: Candidate, version: int | None = None) -> str:
-        """The update as a page for people: HTML."""
+    def page(self, update: Update, candidate: Candidate, version: int | None = None) -> str | None:
+        """The update as a page for people: HTML; None where it cannot be drawn, for which no update is given up."""
         learned = self.learned(candidate)
-        return update_page(update, version, learned.report, learned.gate, candidate.exhibits, self.clock())
+        try:
+            return update_page(update, version, learned.report, learned.gate, candidate.exhibits, self.clock())
+        except Exception:
+            _log.exception("update %d: no report can be made of it", update.number)
+            return None
 
     def learned(self, candidate: Candidate) -> Learned:
         """What an update leaves behind besides weights, as JSON takes it."""

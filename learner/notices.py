@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from feedback.board import Story
@@ -33,7 +33,7 @@ class Notices:
         self.board = board
         self.state = state
         self.metrics = metrics
-        self.watchers = watchers
+        self.watchers = [*watchers]
         self._activations: Mapping[int, float] = {}
         self._all_untold = False
         self.trouble: str | None = None
@@ -74,21 +74,27 @@ class Notices:
 
     def went_on(self, phases: Phases, *, entered: bool, batch: bool) -> None:
         """Show that an update entered a phase, or brought a batch."""
-        for watcher in self.watchers:
-            if entered:
-                watcher.entered(phases)
-            if batch:
-                watcher.batch(phases)
+        if entered:
+            self._tell(lambda watcher: watcher.entered(phases))
+        if batch:
+            self._tell(lambda watcher: watcher.batch(phases))
 
     def over(self) -> None:
         """The update that was running ended or broke off."""
-        for watcher in self.watchers:
-            watcher.over()
+        self._tell(lambda watcher: watcher.over())
+
+    def _tell(self, what: Callable[[Watcher], None]) -> None:
+        """To every watcher. One that fails is told nothing more: no update depends on who watches it."""
+        for watcher in [*self.watchers]:
+            try:
+                what(watcher)
+            except Exception:
+                _log.exception("%s is told nothing more", type(watcher).__name__)
+                self.watchers.remove(watcher)
 
     def learned(self, update: Update) -> None:
         """Show the figures of an update that reached the gate."""
-        for watcher in self.watchers:
-            watcher.learned(update)
+        self._tell(lambda watcher: watcher.learned(update))
         report, gate = update.report or {}, update.gate or {}
         self.metrics.show(report)
         for phase, seconds in (report.get("seconds") or {}).items():

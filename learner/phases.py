@@ -32,8 +32,9 @@ class Phases:
 
     def seconds(self) -> dict[str, float]:
         """How long ago each phase was first entered, until the next one was. Phases that take turns count as the later one."""
-        ends = [*list(self.entered.values())[1:], self.clock()]
-        return {phase: end - at for (phase, at), end in zip(self.entered.items(), ends, strict=True)}
+        entered = list(self.entered.items())  # at once: a table is drawn by another thread
+        ends = [*(at for _, at in entered[1:]), self.clock()]
+        return {phase: end - at for (phase, at), end in zip(entered, ends, strict=True)}
 
     def reached(self) -> dict[str, float]:
         """When the feedback was in the reward model, and when it had moved the policy: the start of what followed."""

@@ -33,14 +33,18 @@ class Prepared:
 
     judgements: list[Judgement]
     dropped: Mapping[str, int]
-    """`empty`: it says nothing. `same`: the replies that it compares are the same. `aspect`: of an aspect that weighs nothing.
+    """`empty`: it says nothing. `unusable`: a correction that the model's template refuses, or that is too long.
+    `same`: the replies that it compares are the same. `aspect`: of an aspect that weighs nothing.
     `duplicate`: the same person said it of the same reply before. `contradictory`: and the opposite too."""
 
 
 def prepare(
-    judgements: Sequence[Judgement], reply_ids: Callable[[Correction], Sequence[int]], unweighted: Collection[str] = ()
+    judgements: Sequence[Judgement],
+    reply_ids: Callable[[Correction], Sequence[int] | None],
+    unweighted: Collection[str] = (),
 ) -> Prepared:
-    """Judgements in the order given. `reply_ids`: tokens of a corrected reply; `unweighted`: aspects that do not count."""
+    """Judgements in the order given. `reply_ids`: tokens of a corrected reply, None where the model cannot take it;
+    `unweighted`: aspects that do not count."""
     shaped = [_shaped(judgement, reply_ids, unweighted) for judgement in judgements]
     dropped = Counter(one for one in shaped if isinstance(one, str))
     kept = [one for one in shaped if not isinstance(one, str)]
@@ -70,18 +74,26 @@ def replies(judgement: Judgement) -> Sequence[Sample]:
     return judgement.ranked or [one for one in (judgement.reply, judgement.other) if one is not None]
 
 
-def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens to put in, take out or replace so that one becomes the other (Levenshtein)."""
-    row = list(range(len(other) + 1))
+def edit_distance(one: Sequence[int], other: Sequence[int], most: int = WHOLE_EDIT) -> int:
+    """Tokens to put in, take out or replace so that one becomes the other (Levenshtein), or `most` where they are more.
+
+    Only places at most `most` apart can be on such a way, so the time grows with the length and not its square.
+    """
+    if abs(len(one) - len(other)) >= most:
+        return most
+    row = {place: place for place in range(min(most, len(other)) + 1)}
     for number, token in enumerate(one, 1):
-        left, row = row, [number]
-        for place, wanted in enumerate(other, 1):
-            row.append(min(left[place] + 1, row[-1] + 1, left[place - 1] + (token != wanted)))
-    return row[-1]
+        left, row = row, {}
+        for place in range(max(0, number - most), min(len(other), number + most) + 1):
+            ways = [left.get(place, most) + 1, row.get(place - 1, most) + 1]
+            if place and place - 1 in left:
+                ways.append(left[place - 1] + (token != other[place - 1]))
+            row[place] = number if place == 0 else min(ways)
+    return min(row[len(other)], most)
 
 
 def _shaped(
-    judgement: Judgement, reply_ids: Callable[[Correction], Sequence[int]], unweighted: Collection[str]
+    judgement: Judgement, reply_ids: Callable[[Correction], Sequence[int] | None], unweighted: Collection[str]
 ) -> Judgement | str:
     """The judgement as its loss takes it, or why it is left out."""
     if judgement.aspect in unweighted:
@@ -94,7 +106,10 @@ def _shaped(
     if judgement.kind == "correction":
         if judgement.correction is None or not judgement.correction.text.strip():
             return "empty"
-        judgement = _edited(judgement, reply_ids(judgement.correction))
+        corrected = reply_ids(judgement.correction)
+        if not corrected:
+            return "unusable"
+        judgement = _edited(judgement, corrected)
     order = replies(judgement)
     if len(order) > 1 and len(set(map(_text, order))) == 1:
         return "same"

@@ -29,9 +29,10 @@ from learner.model import Batch, LearnerModel, Tokens, length_sorted
 from learner.prepare import prepare
 from learner.reward import RewardModel, RewardReport
 from learner.rollouts import Prompt, Rollout, Sampler, Shape, shuffled
-from learner.state import Judgement
+from learner.state import Correction, Judgement
 from learner.winrate import win_rate
 from serving.base import Base, describe_base
+from serving.chat import ChatError
 from serving.engine import Engine
 from serving.lora import AdapterWeights
 from serving.model import ModelError, load_model, twin
@@ -191,14 +192,22 @@ class Round:
 
     def prepare(self, judgements: Sequence[Judgement]) -> list[Judgement]:
         """What there is to learn from once what says nothing, or says it twice, is left out."""
-        chat, aspects = self.trainer.chat, self.config.aspects
+        aspects = self.config.aspects
         prepared = prepare(
             judgements,
-            lambda correction: chat.encode_answered(correction.messages, correction.text)[1],
+            self.corrected,
             [aspect for aspect, weight in aspects.items() if weight == 0],
         )
         self.report["feedback"] = {"given": len(judgements), "dropped": dict(prepared.dropped)}
         return prepared.judgements
+
+    def corrected(self, correction: Correction) -> tuple[int, ...] | None:
+        """The tokens of a corrected reply; None where the chat's template refuses it, or no such reply would fit."""
+        try:
+            prompt_ids, reply_ids = self.trainer.chat.encode_answered(correction.messages, correction.text)
+        except ChatError:
+            return None
+        return tuple(reply_ids) if len(prompt_ids) + len(reply_ids) <= self.trainer.max_len else None
 
     def fit_reward(self) -> RewardReport:
         """Learn what people like from all judgements, on the scale of the base's own replies."""
@@ -249,8 +258,15 @@ class Round:
             return Direct(*parts, self.judgements)
         if not self.served or not trainer.ppo.live_share:
             return Improver(*parts)
-        room = self.config.rollout_tokens
-        return Improver(*parts, Live.of(self.served, trainer.reward.surprises, room, self.seed))
+        live = Live.of(
+            self.served,
+            trainer.reward.surprises,
+            self.config.rollout_tokens,
+            trainer.max_len,
+            trainer.chat.eos_ids,
+            self.seed,
+        )
+        return Improver(*parts, live)
 
     def checks(self) -> list[gate.Check]:
         """What the gate asks of the candidate, on fresh replies to the prompts that the base was asked too."""

@@ -68,12 +68,12 @@ class AdapterStore:
         update: Mapping[str, JsonValue] | None = None,
         gate: Mapping[str, JsonValue] | None = None,
         imported_from: str | None = None,
-        page: Callable[[int], str] | None = None,
+        page: Callable[[int], str | None] = lambda version: None,
     ) -> int:
         """Keep an adapter (weights, or a directory in PEFT's format) as the next version, and return its number.
 
         It is verified as a server would before anyone can see it; it is served to nobody until it is promoted. `page`: what
-        people are to read of the version of this number, HTML, kept beside the manifest for its owner's eyes alone.
+        people are to read of the version of this number, HTML or None, kept beside the manifest for its owner's eyes alone.
         Raises BadAdapter, StoreBusy, and OSError (a full disk: nothing is left behind but a number never used).
         """
         with locked(self.folder / ".publish.lock"):
@@ -83,8 +83,8 @@ class AdapterStore:
             draft.mkdir()
             try:
                 self._write(draft, adapter, base)
-                if page is not None:
-                    replace(draft / PAGE, page(version).encode(), mode=0o600)
+                if (told := page(version)) is not None:
+                    replace(draft / PAGE, told.encode(), mode=0o600)
                 manifest = Manifest(
                     policy=self.policy,
                     version=version,

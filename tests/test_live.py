@@ -19,7 +19,7 @@ REPLY = LiveReply((1, 2), (3, 4), ended=True, logprobs=(-1.0, -2.0), behind=0, f
 
 
 def live(*replies: LiveReply, surprise: dict[tuple[tuple[int, ...], tuple[int, ...]], float] | None = None) -> Live:
-    return Live.of(replies, surprise or {}, room=8, seed=0)
+    return Live.of(replies, surprise or {}, room=8, max_len=12, eos_ids={0}, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,9 @@ def live(*replies: LiveReply, surprise: dict[tuple[tuple[int, ...], tuple[int, .
         ({"behind": -1}, "stale"),
         ({"reply_ids": (3,) * 9, "logprobs": (-1.0,) * 9}, "length"),
         ({"reply_ids": (), "logprobs": ()}, "length"),
+        ({"prompt_ids": (1,) * 11}, "length"),
+        ({"ended": False}, "cut"),
+        ({"reply_ids": (3, 0, 4, 0), "logprobs": (-1.0,) * 4}, "cut"),
     ],
 )
 def test_what_may_not_serve_is_counted_by_reason(changes: dict[str, object], reason: str) -> None:
@@ -113,7 +116,7 @@ def test_at_most_its_share_of_a_batch_is_live() -> None:
     found = improver(dataclasses.replace(SMALL, live_share=0.25))
     rollouts = found.sampler.sample(PROMPTS * 9, found.policy.weights(), 0)
     said = [LiveReply(one.prompt_ids, one.reply_ids, one.ended, one.logprobs, 0, True) for one in rollouts]
-    found.live = Live.of(said, {}, room=10, seed=0)
+    found.live = Live.of(said, {}, room=10, max_len=500, eos_ids=found.sampler.engine.chat.eos_ids, seed=0)
     report = found.run(PROMPTS, lambda *_: None)
     assert all(batch.get("live", 0) <= 0.25 * SMALL.rollouts for batch in report.batches)
     assert report.batches[0]["live"] == int(0.25 * SMALL.rollouts)

@@ -22,7 +22,7 @@ from feedback.events import EXCHANGES, FEEDBACK, RELEASES, Exchange, Feedback, R
 from feedback.keeping import Keep
 from feedback.log import LogUnavailable
 from feedback.sqlite_log import SqliteLog
-from learner import checkpoint
+from learner import checkpoint, loop
 from learner.board import LearnersBoard
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
@@ -289,6 +289,26 @@ def test_an_update_leaves_a_page_beside_its_version_or_where_it_was_refused(
     assert "reward model knows too little" in refused.read_text("utf-8")
     assert stat.S_IMODE(refused.stat().st_mode) == 0o600
     assert f"update 2: its report is {refused}" in caplog.text
+
+
+def test_neither_a_page_that_cannot_be_drawn_nor_who_watches_costs_an_update(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    class Broken(Watcher):
+        def entered(self, phases: Phases) -> None:
+            raise OSError(f"the disk is full in update {phases.number}")
+
+    def broken(*_: object) -> str:
+        raise ValueError("a number is none")
+
+    monkeypatch.setattr(loop, "update_page", broken)
+    world.learner.notices.watchers.append(Broken())
+    world.thumbs(4)
+    world.run()
+    assert world.store.release().current == 1
+    assert not world.store.page(1).exists()
+    assert "no report can be made of it" in caplog.text
+    assert "Broken is told nothing more" in caplog.text
 
 
 def test_whoever_watches_is_told_of_phases_batches_and_the_end(world: World):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from feedback.events import Message
 from learner.prepare import NOBODYS, Prepared, claims, edit_distance, prepare
@@ -56,6 +58,12 @@ def test_a_comparison_of_a_reply_with_itself_is_dropped_as_the_same() -> None:
         said("preference", other=BAD),
     )
     assert found == Prepared([said("preference", other=BAD)], {"same": 3})
+
+
+@pytest.mark.parametrize("tokens", [None, ()])
+def test_a_correction_that_the_model_cannot_take_is_dropped_as_unusable(tokens: tuple[int, ...] | None) -> None:
+    found = prepare([said("correction", text="5 7"), said("thumb")], lambda _: tokens)
+    assert found == Prepared([said("thumb")], {"unusable": 1})
 
 
 def test_an_aspect_that_weighs_nothing_is_dropped() -> None:
@@ -160,3 +168,13 @@ def test_a_dwell_is_long_or_short_by_their_median() -> None:
     seconds = (1.0, 2.0, 30.0)
     found = prepared(*(said("signal", value, signal="dwell", user=f"u{value}") for value in seconds)).judgements
     assert [one.value for one in found] == [0.0, 0.0, 1.0]
+
+
+@given(st.lists(st.integers(0, 3), max_size=14), st.lists(st.integers(0, 3), max_size=14))
+def test_the_edit_distance_is_levenshteins_up_to_its_bound(one: list[int], other: list[int]) -> None:
+    row = list(range(len(other) + 1))
+    for number, token in enumerate(one, 1):
+        left, row = row, [number]
+        for place, wanted in enumerate(other, 1):
+            row.append(min(left[place] + 1, row[-1] + 1, left[place - 1] + (token != wanted)))
+    assert edit_distance(one, other, 5) == min(row[-1], 5)
