@@ -94,6 +94,13 @@ def test_3_garbage_in_masked_slots_changes_nothing(garbage: float) -> None:
         torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("garbage", [NAN, float("inf")])
+def test_3_sums_and_means_pass_over_garbage(garbage: float) -> None:
+    values_BT, mask_BT = torch.tensor([[1.0, garbage], [3.0, garbage]]), torch.tensor([[True, False], [True, False]])
+    assert float(ppo.masked_sum(values_BT, mask_BT)) == 4.0
+    assert float(ppo.masked_mean(values_BT, mask_BT)) == 2.0
+
+
 # 4. The same gradient for any micro-batch split
 
 
