@@ -170,7 +170,7 @@ def _broken(name: str, probe: Probe, replies: Sequence[str]) -> str | None:
 
 
 def _shortened(text: str) -> str:
-    line = " ".join(text.split())
+    line = "".join(one for one in " ".join(text.split()) if one.isprintable())  # it reaches logs and terminals
     return line if len(line) <= SHOWN else line[: SHOWN - 1] + "…"
 
 

@@ -32,6 +32,8 @@ from serving.model import find_model
 RATERS = 24
 FRESH = 10
 """Replies to each prompt that judge a candidate."""
+MOST_TURNS = 50
+"""Exchanges for each judgement, after which nobody waits for more of them."""
 
 Kind = Literal["thumb", "preference"]
 Json = dict[str, Any]
@@ -113,6 +115,8 @@ def feedback(
     for turn, (text, replies) in enumerate(exchanges(trainer, prompts, 2 if kind == "preference" else 1, seed)):
         if len(judgements) == count:
             break
+        if turn == MOST_TURNS * count:
+            raise ValueError(f"of {turn} pairs only {len(judgements)} differ in what these people want")
         rater, said = people[turn % len(people)], [trainer.chat.decode(one.reply_ids) for one in replies]
         samples = [Sample(f"r{turn}:{n}", one.prompt_ids, one.reply_ids, 0) for n, one in enumerate(replies)]
         if kind == "preference":

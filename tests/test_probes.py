@@ -169,3 +169,10 @@ def test_a_wrong_file_is_told_before_anything_is_opened_and_by_heed_check(tmp_pa
     path.write_text(GOOD, "utf-8")
     [finding] = check.guarded("probes", lambda: check.probes(config))
     assert (finding.verdict, finding.says) == ("ok", f"{path}: opening-hours, two turns")
+
+
+def test_what_a_candidate_says_cannot_write_to_a_terminal() -> None:
+    probe = probes.Probe(prompt="Hi", must_not="red")
+    found = probes.judge({"colour": probe}, {"colour": ["\x1b[31mred"]})
+    assert "[31mred" in found.sentence
+    assert found.sentence.isprintable()
