@@ -21,10 +21,13 @@ from torch.nn import functional
 
 from learner.crossfit import RewardConfig
 from learner.evidence import weigh
-from learner.improve import POLICY, Experience, Improver, PPOConfig, Scorer
+from learner.experience import Experience, Scorer
+from learner.improve import Improver
 from learner.model import Batch, LearnerModel, Tokens
+from learner.recipe import PPOConfig
 from learner.rollouts import Sampler
 from learner.state import Judgement
+from learner.steps import POLICY
 
 LIKED_STARS = 4
 """Stars from which on a rating counts as a thumb up."""
@@ -196,18 +199,18 @@ class Direct(Improver):
 
         def work(micro: list[int], part: Batch) -> Sequence[Tensor]:
             said_B = self.model.logprobs(part, POLICY).sum(1)
-            return torch.autograd.grad((pull_B[micro] * said_B).sum(), self.parameters)
+            return torch.autograd.grad((pull_B[micro] * said_B).sum(), self.steps.parameters)
 
-        found = self.each(work, batch, [row for row, pull in enumerate(pull_B.tolist()) if pull])
+        found = self.steps.each(work, batch, [row for row, pull in enumerate(pull_B.tolist()) if pull])
         if found:
-            self.step([gradients for _, gradients in found], skip=False)
+            self.steps.step([gradients for _, gradients in found], skip=False)
         return loss.item()
 
     @torch.no_grad()
     def log_ratios(self, batch: Batch) -> Tensor:
         """h of each row, [B]."""
         ratio_B = torch.zeros(len(batch.lengths))
-        for rows, found_B in self.each(lambda _, part: self.log_ratio(part), batch):
+        for rows, found_B in self.steps.each(lambda _, part: self.log_ratio(part), batch):
             ratio_B[rows] = found_B
         return ratio_B
 

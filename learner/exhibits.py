@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from learner.improve import POLICY
 from learner.model import Batch
 from learner.prepare import replies
+from learner.steps import POLICY
 
 if TYPE_CHECKING:
     from learner.model import LearnerModel

@@ -23,13 +23,15 @@ from learner.crossfit import RewardConfig
 from learner.direct import EXAMPLES, Direct
 from learner.exhibits import Exhibits, Reply, first_of_each, looked_at, pairs
 from learner.gate import GateReport
-from learner.improve import POLICY, Improver, PolicyReport, PPOConfig, Progress
+from learner.improve import Improver, PolicyReport, Progress
 from learner.live import Live, LiveReply
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
 from learner.prepare import prepare
+from learner.recipe import ppo_config
 from learner.reward import RewardModel, RewardReport
 from learner.rollouts import Prompt, Rollout, Sampler, Shape, shuffled
 from learner.state import Correction, Judgement
+from learner.steps import POLICY
 from learner.winrate import win_rate
 from serving.base import Base, describe_base
 from serving.chat import ChatError
@@ -236,8 +238,8 @@ class Round:
         self.start = self.model.adapter(POLICY).weights()
         with contextlib.closing(self.improver()) as improver:
             report = improver.run(self.prompts, self.progress)
-            if improver.live is not None:
-                self.report["live"] = improver.live.report()
+            if improver.collector.live is not None:
+                self.report["live"] = improver.collector.live.report()
         rollouts_s = sum(batch["rollouts_s"] for batch in report.batches)
         self.report["policy"] = {
             "started_from": started_from,
@@ -353,26 +355,3 @@ def difference(weights: AdapterWeights, parent: AdapterWeights | None) -> float:
             change_OI = change_OI - parent.scaling_of(path) * (up_Or @ down_rI)
         largest = max(largest, float(change_OI.abs().max()))
     return largest
-
-
-def learning_rate(parameters: int) -> float:
-    """1e-3 at two million parameters, falling with the square root of the size: 1e-4 at 200 million, 2e-5 at 7 billion."""
-    return 1e-3 * min(1.0, math.sqrt(2e6 / parameters))
-
-
-def ppo_config(config: LearnerConfig, parameters: int) -> PPOConfig:
-    """The learner's settings as PPO takes them; `parameters` of the base choose the learning rate where none is set."""
-    lr = config.learning_rate or learning_rate(parameters)
-    return PPOConfig(
-        objective=config.objective,
-        entropy=config.entropy,
-        temperature=config.rollout_temperature,
-        live_share=config.live_share,
-        rollouts=config.rollouts,
-        minibatch=config.minibatch,
-        epochs=config.ppo_epochs,
-        batches=config.update_batches,
-        lr=lr,
-        kl_target=min(config.kl_target, config.kl_limit),
-        kl_limit=config.kl_limit,
-    )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from learner.direct import EXAMPLES, Direct, Example, dpo_loss, kto_loss, loss_of, pairs, rows_of, sft_loss
-from learner.improve import POLICY
 from learner.model import Batch
 from learner.state import Judgement, Sample
+from learner.steps import POLICY
 from tests import bases
 from tests.test_update import PROMPTS, SMALL, LowIds, improver, score_of
 
@@ -101,14 +101,14 @@ def test_kto_pastes_each_reply_to_another_prompt() -> None:
 def direct(name: str, n: int = 40, **changes: float) -> Direct:
     """On thumbs that say what LowIds likes."""
     plain = improver()
-    rollouts = plain.sampler.sample(PROMPTS * n, None, 3)
+    rollouts = plain.collector.sampler.sample(PROMPTS * n, None, 3)
     scores = [float(running_T[-1]) for running_T in LowIds().running(rollouts)]
     said = [
         judgement("thumb", float(score > 0), Sample(f"r{n}", one.prompt_ids, one.reply_ids, 0), user=f"u{n % 9}")
         for n, (one, score) in enumerate(zip(rollouts, scores, strict=True))
     ]
     config = dataclasses.replace(SMALL, objective=name, **changes)
-    return Direct(plain.model, LowIds(), plain.sampler, config, 0, said)
+    return Direct(plain.model, LowIds(), plain.collector.sampler, config, 0, said)
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 60, 10_000])
@@ -117,11 +117,11 @@ def test_4_the_gradient_is_the_losss_own_for_any_micro_batches(name: str, micro_
     found = direct(name, micro_tokens=micro_tokens)
     found.policy.load(bases.adapter(found.model.base, scaling=0.3))
     examples, given = found.examples[:7], []
-    found.step = lambda parts, **_: given.extend(map(sum, zip(*parts, strict=True)))  # type: ignore[method-assign]
+    found.steps.step = lambda parts, **_: given.extend(map(sum, zip(*parts, strict=True)))  # type: ignore[method-assign]
     found.feedback_step(examples)
     batch = Batch.of(rows_of(name, examples))
     ratio_B = (found.model.logprobs(batch, POLICY) - found.model.logprobs(batch, None)).sum(1)
-    expected = torch.autograd.grad(loss_of(name, ratio_B, examples), found.parameters)
+    expected = torch.autograd.grad(loss_of(name, ratio_B, examples), found.steps.parameters)
     largest = max(float(one.abs().max()) for one in expected)
     assert largest > 1e-4
     assert max(float((a - b).abs().max()) / largest for a, b in zip(expected, given, strict=True)) < 1e-3
@@ -140,13 +140,13 @@ def test_what_was_liked_is_said_more_within_the_budget(name: str) -> None:
     before = mean_said(found)
     report = found.run(PROMPTS, lambda *_: None)
     first, last = (
-        score_of(found.sampler.sample(PROMPTS * 40, weights, 8)) for weights in (None, found.policy.weights())
+        score_of(found.collector.sampler.sample(PROMPTS * 40, weights, 8)) for weights in (None, found.policy.weights())
     )
     assert last > first + 0.05
     if name == "sft":
         assert mean_said(found) > before
-    rollouts = found.sampler.sample(PROMPTS * 4, found.policy.weights(), 9)
-    assert found.look_at(rollouts).figures["kl"] < 5.0
+    rollouts = found.collector.sampler.sample(PROMPTS * 4, found.policy.weights(), 9)
+    assert found.collector.look_at(rollouts).figures["kl"] < 5.0
     assert report.kept == len(report.batches) - 1
 
 
@@ -154,7 +154,10 @@ def test_the_kl_limit_ends_it_too() -> None:
     found = direct("kto", lr=5e-2, kl_limit=0.5)
     report = found.run(PROMPTS, lambda *_: None)
     assert "reached" in report.stopped
-    assert found.look_at(found.sampler.sample(PROMPTS * 4, found.policy.weights(), 9)).figures["kl"] < 1.0
+    assert (
+        found.collector.look_at(found.collector.sampler.sample(PROMPTS * 4, found.policy.weights(), 9)).figures["kl"]
+        < 1.0
+    )
 
 
 def test_a_learning_rate_of_0_changes_nothing() -> None:
@@ -176,6 +179,6 @@ def test_batches_go_through_all_feedback_before_any_of_it_comes_again() -> None:
 def test_no_feedback_of_the_kind_moves_nothing() -> None:
     plain = improver()
     config = dataclasses.replace(SMALL, objective="dpo")
-    found = Direct(plain.model, LowIds(), plain.sampler, config, 0, FEEDBACK[:1])
+    found = Direct(plain.model, LowIds(), plain.collector.sampler, config, 0, FEEDBACK[:1])
     report = found.run(PROMPTS, lambda *_: None)
     assert [batch["kl"] for batch in report.batches] == [0.0, 0.0]

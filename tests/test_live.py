@@ -102,28 +102,30 @@ def test_only_what_was_served_with_full_support_comes_from_the_state(tmp_path) -
 def test_beside_fresh_replies_it_learns_from_them_as_if_they_were() -> None:
     """Replies that the policy itself said a moment ago, as live ones: the same experience, but for the figures."""
     found = improver(dataclasses.replace(SMALL, live_share=0.25))
-    rollouts = found.sampler.sample(PROMPTS, found.policy.weights(), 0)
-    plain = found.look_at(rollouts)
+    rollouts = found.collector.sampler.sample(PROMPTS, found.policy.weights(), 0)
+    plain = found.collector.look_at(rollouts)
     fresh, last = rollouts[:-2], rollouts[-2:]
-    found.live = live()
-    mixed = found.look_at(fresh, last)
+    found.collector.live = live()
+    mixed = found.collector.look_at(fresh, last)
     torch.testing.assert_close(mixed.advantages_BT, plain.advantages_BT, rtol=1e-3, atol=1e-4)
     assert mixed.figures["live"] == 2
-    assert mixed.figures["kl"] == pytest.approx(found.look_at(fresh).figures["kl"], abs=1e-6)
+    assert mixed.figures["kl"] == pytest.approx(found.collector.look_at(fresh).figures["kl"], abs=1e-6)
 
 
 def test_at_most_its_share_of_a_batch_is_live() -> None:
     found = improver(dataclasses.replace(SMALL, live_share=0.25))
-    rollouts = found.sampler.sample(PROMPTS * 9, found.policy.weights(), 0)
+    rollouts = found.collector.sampler.sample(PROMPTS * 9, found.policy.weights(), 0)
     said = [LiveReply(one.prompt_ids, one.reply_ids, one.ended, one.logprobs, 0, True) for one in rollouts]
-    found.live = Live.of(said, {}, room=10, max_len=500, eos_ids=found.sampler.engine.chat.eos_ids, seed=0)
+    found.collector.live = Live.of(
+        said, {}, room=10, max_len=500, eos_ids=found.collector.sampler.engine.chat.eos_ids, seed=0
+    )
     report = found.run(PROMPTS, lambda *_: None)
     assert all(batch.get("live", 0) <= 0.25 * SMALL.rollouts for batch in report.batches)
     assert report.batches[0]["live"] == int(0.25 * SMALL.rollouts)
-    assert found.live.report()["used"] == sum(batch.get("live", 0) for batch in report.batches)
+    assert found.collector.live.report()["used"] == sum(batch.get("live", 0) for batch in report.batches)
 
 
 def test_an_objective_that_compares_replies_to_one_prompt_takes_none() -> None:
     found = improver(dataclasses.replace(SMALL, objective="rloo", live_share=0.25))
-    found.live = live(REPLY)
-    assert found.draw_live() == []
+    found.collector.live = live(REPLY)
+    assert found.collector.draw_live() == []

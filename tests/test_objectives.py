@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from learner import ppo
-from learner.improve import POLICY
 from learner.objectives import PPO, RLOO, Objective, Reinforce, a2c, entropy_loss, leave_one_out
+from learner.steps import POLICY
 from tests import bases
 from tests.test_update import PROMPTS, SMALL, improver, score_of
 
@@ -114,9 +114,11 @@ def gradients(name: str, *, micro_tokens: int = 500, **changes: float) -> list[T
     found = improver(dataclasses.replace(SMALL, objective=name, samples=2, micro_tokens=micro_tokens, **changes))
     found.policy.load(bases.adapter(found.model.base, scaling=0.3))
     prompts = [prompt for prompt in PROMPTS for _ in range(found.objective.samples)]
-    experience = found.look_at(found.sampler.sample(prompts, found.policy.weights(), 0, found.config.temperature))
+    experience = found.collector.look_at(
+        found.collector.sampler.sample(prompts, found.policy.weights(), 0, found.config.temperature)
+    )
     given: list[Tensor] = []
-    found.step = lambda parts, **_: given.extend(map(sum, zip(*parts, strict=True)))  # type: ignore[method-assign]
+    found.steps.step = lambda parts, **_: given.extend(map(sum, zip(*parts, strict=True)))  # type: ignore[method-assign]
     found.policy_step(experience, [7, 2, 9, 4, 0])
     found.close()
     return given
@@ -151,7 +153,9 @@ def test_where_nothing_has_moved_yet_all_that_weigh_tokens_alike_agree() -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_2_a_learning_rate_of_0_leaves_every_ratio_at_1(name: str, temperature: float) -> None:
     found = improver(dataclasses.replace(SMALL, objective=name, lr=0.0, temperature=temperature))
-    experience = found.look_at(found.roll_out(iter(PROMPTS * 9), found.policy.weights(), found.config.rollouts))
+    experience = found.collector.look_at(
+        found.collector.roll_out(iter(PROMPTS * 9), found.policy.weights(), found.config.rollouts)
+    )
     done = found.learn_from(experience)
     assert done["moved"] < 1e-9
     assert done["epochs"] == (2 if name == "ppo" else 1)
@@ -198,7 +202,7 @@ def test_reinforce_takes_the_values_off_what_was_to_come() -> None:
 
 def test_rloo_asks_each_prompt_as_often_as_it_compares() -> None:
     found = improver(dataclasses.replace(SMALL, objective="rloo", samples=4, rollouts=12))
-    rollouts = found.roll_out(iter(PROMPTS), None, found.config.rollouts)
+    rollouts = found.collector.roll_out(iter(PROMPTS), None, found.config.rollouts)
     assert [rollout.prompt_ids for rollout in rollouts] == [prompt for prompt in PROMPTS[:3] for _ in range(4)]
     assert len({rollout.reply_ids for rollout in rollouts[:4]}) > 1
 
@@ -206,7 +210,7 @@ def test_rloo_asks_each_prompt_as_often_as_it_compares() -> None:
 def test_entropy_is_that_of_the_distribution_a_token_was_drawn_from() -> None:
     found = improver()
     found.policy.load(bases.adapter(found.model.base, scaling=0.3))
-    batch = found.look_at(found.sampler.sample(PROMPTS, None, 0)).batch
+    batch = found.collector.look_at(found.collector.sampler.sample(PROMPTS, None, 0)).batch
     said_BT, entropy_BT = found.model.logprobs_and_entropy(batch, POLICY, 0.7)
     hidden_BTH = found.model.hidden(batch, POLICY)
     expected_NV = (found.model.logits(hidden_BTH[batch.before_BT]) / 0.7).softmax(-1)
@@ -222,7 +226,7 @@ def test_an_entropy_bonus_keeps_replies_various() -> None:
     for entropy in (0.0, 1.0):
         found = improver(dataclasses.replace(SMALL, entropy=entropy, beta=0.0, missing_eos_penalty=0.0))
         found.run(PROMPTS, lambda *_: None)
-        rollouts = found.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
+        rollouts = found.collector.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
         nll.append(-sum(sum(one.logprobs) for one in rollouts) / sum(len(one.logprobs) for one in rollouts))
     assert nll[1] > nll[0] + 0.05
 
@@ -230,10 +234,10 @@ def test_an_entropy_bonus_keeps_replies_various() -> None:
 def test_cooler_rollouts_are_likelier_ones_and_their_kl_is_between_cooled_policies() -> None:
     cool, plain = (improver(dataclasses.replace(SMALL, temperature=temperature)) for temperature in (0.5, 1.0))
     cool.policy.load(bases.adapter(cool.model.base, scaling=0.3))
-    rollouts = cool.roll_out(iter(PROMPTS * 9), cool.policy.weights(), cool.config.rollouts)
-    others = plain.roll_out(iter(PROMPTS * 9), cool.policy.weights(), plain.config.rollouts)
+    rollouts = cool.collector.roll_out(iter(PROMPTS * 9), cool.policy.weights(), cool.config.rollouts)
+    others = plain.collector.roll_out(iter(PROMPTS * 9), cool.policy.weights(), plain.config.rollouts)
     assert sum(sum(one.logprobs) for one in rollouts) > sum(sum(one.logprobs) for one in others) + 10
-    seen = cool.look_at(rollouts)
+    seen = cool.collector.look_at(rollouts)
     torch.testing.assert_close(seen.old_BT, cool.model.logprobs(seen.batch, POLICY, 0.5).detach())
     assert seen.figures["k1"] == pytest.approx(seen.figures["kl"], rel=0.5)
 
@@ -242,6 +246,6 @@ def test_cooler_rollouts_are_likelier_ones_and_their_kl_is_between_cooled_polici
 def test_the_score_rises_under_every_objective(name: str) -> None:
     found = improver(dataclasses.replace(SMALL, objective=name, rollouts=64, batches=12, kl_limit=4.0))
     report = found.run(PROMPTS, lambda *_: None)
-    after = found.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
-    assert score_of(after) > score_of(found.sampler.sample(PROMPTS * 40, None, 1)) + 0.1
+    after = found.collector.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
+    assert score_of(after) > score_of(found.collector.sampler.sample(PROMPTS * 40, None, 1)) + 0.1
     assert all(batch["kl"] <= 4.0 for batch in report.batches[:-1])

@@ -17,12 +17,15 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from learner import checkpoint, gate, improve, update
 from learner.config import LearnerConfig
 from learner.exhibits import looked_at
-from learner.improve import POLICY, Improver, PolicyReport, PPOConfig, best, blend, idle
+from learner.improve import Improver, PolicyReport, blend
 from learner.model import LearnerModel, Tokens
+from learner.recipe import PPOConfig, learning_rate, ppo_config
 from learner.rollouts import Rollout, Sampler, shuffled
 from learner.state import Judgement, Sample
-from learner.update import Candidate, Trainer, difference, learning_rate, shrunk
+from learner.steps import POLICY
+from learner.update import Candidate, Trainer, difference, shrunk
 from learner.winrate import win_rate
+from learner.worth import best, idle
 from serving.config import ServingConfig
 from serving.engine import Engine
 from serving.lora import AdapterWeights
@@ -75,9 +78,9 @@ def bytes_of(weights: AdapterWeights) -> bytes:
 
 def test_the_score_rises_within_the_budget() -> None:
     found = improver(dataclasses.replace(SMALL, rollouts=64, batches=12, kl_limit=4.0))
-    before = found.sampler.sample(PROMPTS * 40, None, 1)
+    before = found.collector.sampler.sample(PROMPTS * 40, None, 1)
     report = found.run(PROMPTS, lambda *_: None)
-    after = found.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
+    after = found.collector.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
     assert score_of(after) > score_of(before) + 0.1
     assert all(batch["kl"] <= 4.0 for batch in report.batches[:-1])
     assert report.batches[0]["kl"] == 0.0
@@ -101,8 +104,8 @@ def test_4_the_gradient_does_not_depend_on_the_micro_batches(
         found = improver(dataclasses.replace(SMALL, micro_tokens=tokens))
         found.policy.load(bases.adapter(found.model.base, scaling=0.3))
         given: list[Tensor] = []
-        monkeypatch.setattr(found, "step", lambda parts, **_: given.extend(map(sum, zip(*parts, strict=True))))
-        experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
+        monkeypatch.setattr(found.steps, "step", lambda parts, **_: given.extend(map(sum, zip(*parts, strict=True))))
+        experience = found.collector.look_at(found.collector.sampler.sample(PROMPTS, found.policy.weights(), 0))
         found.policy_step(experience, [7, 2, 9, 4, 0])
         return given
 
@@ -113,7 +116,7 @@ def test_4_the_gradient_does_not_depend_on_the_micro_batches(
 
 def test_2_the_first_ratio_is_1_and_a_learning_rate_of_0_changes_nothing() -> None:
     found = improver(dataclasses.replace(SMALL, lr=0.0))
-    experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
+    experience = found.collector.look_at(found.collector.sampler.sample(PROMPTS, found.policy.weights(), 0))
     step = found.policy_step(experience, list(range(8)))
     assert abs(step.moved) < 1e-9
     assert step.clipped == 0.0
@@ -122,7 +125,7 @@ def test_2_the_first_ratio_is_1_and_a_learning_rate_of_0_changes_nothing() -> No
 
 def test_advantages_are_whitened_over_the_whole_batch() -> None:
     found = improver()
-    experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
+    experience = found.collector.look_at(found.collector.sampler.sample(PROMPTS, found.policy.weights(), 0))
     real = experience.advantages_BT[experience.batch.mask_BT]
     assert float(real.mean()) == pytest.approx(0, abs=1e-6)
     assert float(real.std(correction=0)) == pytest.approx(1, abs=1e-4)
@@ -130,12 +133,12 @@ def test_advantages_are_whitened_over_the_whole_batch() -> None:
 
 def test_a_reply_cut_at_the_limit_is_penalised_and_no_end_is_forged() -> None:
     found = improver(dataclasses.replace(SMALL, missing_eos_penalty=100.0))
-    rollouts = found.sampler.sample(PROMPTS * 3, None, 0)
+    rollouts = found.collector.sampler.sample(PROMPTS * 3, None, 0)
     cut = [not rollout.ended for rollout in rollouts]
     assert 0 < sum(cut) < len(cut)
     assert all(len(rollout.reply_ids) == 10 for rollout, one in zip(rollouts, cut, strict=True) if one)
-    plain = improver(dataclasses.replace(SMALL, missing_eos_penalty=0.0)).look_at(rollouts)
-    gap = plain.figures["score"] - found.look_at(rollouts).figures["score"]
+    plain = improver(dataclasses.replace(SMALL, missing_eos_penalty=0.0)).collector.look_at(rollouts)
+    gap = plain.figures["score"] - found.collector.look_at(rollouts).figures["score"]
     assert gap == pytest.approx(100 * sum(cut) / len(cut), rel=1e-4)
 
 
@@ -144,7 +147,7 @@ def test_a_phrase_said_twice_costs() -> None:
     once, twice = (Rollout(prompt, ids, True, ()) for ids in ((*range(10, 20), 2), (*range(10, 15), *range(10, 15), 2)))
     plain = improver(dataclasses.replace(SMALL, repetition_penalty=0.0))
     for one, cost in ((once, 0.0), (twice, 6.0 * 2 / 8)):  # of the 8 phrases of four tokens two come again
-        gap = plain.look_at([one]).figures["score"] - found.look_at([one]).figures["score"]
+        gap = plain.collector.look_at([one]).figures["score"] - found.collector.look_at([one]).figures["score"]
         assert gap == pytest.approx(cost, abs=1e-5)
 
 
@@ -152,14 +155,14 @@ def test_what_the_base_hardly_ever_says_costs_more_than_its_kl() -> None:
     config = dataclasses.replace(SMALL, beta=1.0, chi_share=0.5, chi_bound=8.0)
     found = improver(config)
     found.policy.load(bases.adapter(found.model.base, scaling=2.0))
-    rollouts = found.sampler.sample(PROMPTS, found.policy.weights(), 0)
-    seen = found.look_at(rollouts)
+    rollouts = found.collector.sampler.sample(PROMPTS, found.policy.weights(), 0)
+    seen = found.collector.look_at(rollouts)
     plain = improver(dataclasses.replace(config, chi_share=0.0))
     plain.policy.load(found.policy.weights())
     k1_BT = seen.old_BT - found.model.logprobs(seen.batch, None).detach()
     expected_BT = -0.5 * (k1_BT.exp().clamp(max=8.0) - 1)
     assert float(k1_BT.max()) > math.log(8)
-    gap_BT = seen.rewards_BT - plain.look_at(rollouts).rewards_BT
+    gap_BT = seen.rewards_BT - plain.collector.look_at(rollouts).rewards_BT
     torch.testing.assert_close(gap_BT[seen.batch.mask_BT], expected_BT[seen.batch.mask_BT], rtol=1e-3, atol=1e-4)
 
 
@@ -178,7 +181,7 @@ def test_the_values_foretell_what_the_prompt_tells() -> None:
         found = improver(dataclasses.replace(SMALL, **prices, micro_tokens=micro_tokens))
         found.policy.load(bases.adapter(found.model.base, scaling=0.3))
         found.reward = Asked()
-        seen = found.look_at(found.sampler.sample(PROMPTS * 8, None, 0))
+        seen = found.collector.look_at(found.collector.sampler.sample(PROMPTS * 8, None, 0))
         assert seen.figures["explained_variance"] > 0.2
         values.append(seen.values_BT)
     torch.testing.assert_close(*values, rtol=1e-3, atol=1e-3)
@@ -186,7 +189,7 @@ def test_the_values_foretell_what_the_prompt_tells() -> None:
 
 def test_a_minibatch_with_a_wild_ratio_is_skipped() -> None:
     found = improver(dataclasses.replace(SMALL, max_mean_ratio=10.0))
-    experience = found.look_at(found.sampler.sample(PROMPTS, found.policy.weights(), 0))
+    experience = found.collector.look_at(found.collector.sampler.sample(PROMPTS, found.policy.weights(), 0))
     experience.old_BT -= 5.0  # a ratio of e⁵ everywhere
     before = bytes_of(found.policy.weights())
     found.policy_step(experience, list(range(8)))
@@ -195,7 +198,7 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped() -> None:
 
 def test_a_big_step_ends_the_epochs() -> None:
     found = improver(dataclasses.replace(SMALL, lr=0.3, epochs=50, step_limit=0.02))
-    experience = found.look_at(found.sampler.sample(PROMPTS * 3, found.policy.weights(), 0))
+    experience = found.collector.look_at(found.collector.sampler.sample(PROMPTS * 3, found.policy.weights(), 0))
     done = found.learn_from(experience)
     assert done["epochs"] < 5
     assert done["moved"] > 0.02
@@ -206,8 +209,8 @@ def test_an_update_that_overran_its_budget_goes_back_into_it() -> None:
     report = found.run(PROMPTS, lambda *_: None)
     assert report.batches[-1]["kl"] > 1.0
     assert "reached" in report.stopped
-    rollouts = found.sampler.sample(PROMPTS * 8, found.policy.weights(), 2)
-    assert 0.3 < found.look_at(rollouts).figures["kl"] < 1.3
+    rollouts = found.collector.sampler.sample(PROMPTS * 8, found.policy.weights(), 2)
+    assert 0.3 < found.collector.look_at(rollouts).figures["kl"] < 1.3
 
 
 def test_blending_ends_at_both_ends() -> None:
@@ -325,9 +328,9 @@ def test_every_objective_goes_through_the_same_round_and_gate(
 
 def test_the_settings_reach_the_objective() -> None:
     settings = LearnerConfig(serving=ServingConfig(), objective="rloo", entropy=0.01, rollout_temperature=0.9)
-    found = update.ppo_config(settings, 1_000_000)
+    found = ppo_config(settings, 1_000_000)
     assert (found.objective, found.entropy, found.temperature) == ("rloo", 0.01, 0.9)
-    plain = update.ppo_config(LearnerConfig(serving=ServingConfig()), 1_000_000)
+    plain = ppo_config(LearnerConfig(serving=ServingConfig()), 1_000_000)
     assert (plain.objective, plain.entropy, plain.temperature) == ("ppo", 0.0, 1.0)
 
 
