@@ -286,12 +286,13 @@ class LearnerModel(nn.Module):
         return Comparison(new_BT, base_BT, kl_BT, new_NH.float().cpu(), _states(batch, base_BTH))
 
     @torch.no_grad()
-    def full_kl(self, batch: Batch, adapter: str) -> Tensor:
-        """KL(adapter ‖ base) over the whole vocabulary, summed over each reply, [B]; nats."""
-        new_NH, base_NH = (self.hidden(batch, name)[batch.before_BT] for name in (adapter, None))
+    def full_kl(self, batch: Batch, adapter: str) -> tuple[Tensor, Tensor]:
+        """KL(adapter ‖ base) over the whole vocabulary, summed over each reply, [B], in nats; and `states`, [B, 2H]."""
+        base_BTH = self.hidden(batch, None)
+        new_NH, base_NH = self.hidden(batch, adapter)[batch.before_BT], base_BTH[batch.before_BT]
         chunks = zip(new_NH.split(self.chunk_tokens), base_NH.split(self.chunk_tokens), strict=True)
         kl_N = torch.cat([ppo.full_kl(self.logits(new), self.logits(base)) for new, base in chunks])
-        return batch.spread(kl_N.cpu()).sum(1)
+        return batch.spread(kl_N.cpu()).sum(1), _states(batch, base_BTH)
 
 
 def _states(batch: Batch, hidden_BTH: Tensor) -> Tensor:

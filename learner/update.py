@@ -10,9 +10,9 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ ROLLOUT_CONTEXT = 1024
 ROWS = 128
 """Rollouts that the engine makes side by side."""
 
+T = TypeVar("T", bound=Tokens)
+Text = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 @dataclass(slots=True)
 class Candidate:
@@ -88,6 +91,8 @@ class Trainer:
         engine = Engine(model, self.chat, rows=rows, max_len=self.max_len, slots=1, rank=RANK, seed=config.seed)
         self.sampler = Sampler(engine, config.rollout_tokens)
         self.probed = probes.encode(self.probes, self.chat, self.max_len - config.rollout_tokens)
+        self.remembered: dict[Text, Tensor] | None = None
+        """While a round runs: the states of the replies that it has asked for, since it asks for them again and again."""
         self.ppo = ppo_config(config, parameters=sum(p.numel() for p in model.parameters()))
 
     @torch.no_grad()
@@ -116,23 +121,35 @@ class Trainer:
 
         When the reward model knows nothing the policy is not moved, and the gate says so.
         """
-        return Round(self, judgements, prompts, parent, seed, served, progress).run()
+        self.remembered = {}
+        try:
+            return Round(self, judgements, prompts, parent, seed, served, progress).run()
+        finally:
+            self.remembered = None
 
     def mean_kl(self, rollouts: Sequence[Rollout]) -> float:
         """Full-vocabulary KL of the policy to the reference, nats a reply, on replies that the policy made."""
-        batch = Batch.of(rollouts)
-        parts = [
-            self.model.full_kl(batch.rows(rows), POLICY) for rows in length_sorted(batch.lengths, self.ppo.micro_tokens)
-        ]
-        return float(torch.cat(parts).mean())
+        total, known = 0.0, {} if self.remembered is None else self.remembered
+        for some, part in self.groups(rollouts):
+            kl_B, states_BS = self.model.full_kl(part, POLICY)
+            known.update(zip(map(text, some), states_BS, strict=True))
+            total += float(kl_B.sum())
+        return total / len(rollouts)
 
     def states(self, samples: Sequence[Tokens]) -> Tensor:
         """What the bare base makes of replies to their prompts, [B, 2H]: see LearnerModel.states."""
-        batch = Batch.of(samples)
-        states_BS = torch.zeros(len(samples), 2 * self.model.width)
-        for rows in length_sorted(batch.lengths, self.ppo.micro_tokens):
-            states_BS[rows] = self.model.states(batch.rows(rows))
-        return states_BS
+        known = {} if self.remembered is None else self.remembered
+        new = {text(one): one for one in samples if text(one) not in known}
+        for some, part in self.groups(list(new.values())):
+            known.update(zip(map(text, some), self.model.states(part), strict=True))
+        return torch.stack([known[text(one)] for one in samples])
+
+    def groups(self, samples: Sequence[T]) -> Iterator[tuple[list[T], Batch]]:
+        """The samples in groups of like length."""
+        lengths = [len(one.prompt_ids) + len(one.reply_ids) for one in samples]
+        for rows in length_sorted(lengths, self.ppo.micro_tokens):
+            some = [samples[row] for row in rows]
+            yield some, Batch.of(some)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that was trained, for a checkpoint."""
@@ -148,6 +165,11 @@ class Trainer:
             {name.removeprefix("reward."): t for name, t in tensors.items() if name.startswith("reward.")},
             meta["reward"],
         )
+
+
+def text(sample: Tokens) -> Text:
+    """What was said to what."""
+    return sample.prompt_ids, sample.reply_ids
 
 
 class Round:

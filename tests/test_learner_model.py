@@ -130,7 +130,7 @@ def test_2_so_have_replies_to_a_prompt_that_comes_again_and_again() -> None:
 
 def test_6_a_fresh_adapter_is_exactly_the_reference() -> None:
     model, batch = learner_model(), Batch.of(samples())
-    assert model.full_kl(batch, "policy").tolist() == [0.0] * 6
+    assert model.full_kl(batch, "policy")[0].tolist() == [0.0] * 6
     found = model.compare(batch, "policy")
     assert torch.equal(found.new_BT, found.base_BT)
     assert not found.kl_BT.any()
@@ -146,6 +146,7 @@ def test_a_comparison_keeps_apart_what_is_the_adapters_and_what_the_bases() -> N
         assert torch.equal(found.hidden_NH, model.hidden(batch, "policy")[before_BT])
         assert not torch.allclose(found.hidden_NH, model.hidden(batch, None)[before_BT], atol=1e-3)
     assert torch.equal(found.states_BS, model.states(batch))
+    assert torch.equal(model.full_kl(batch, "policy")[1], model.states(batch))
 
 
 def test_6_training_one_adapter_leaves_the_other_and_the_base_unchanged() -> None:
@@ -253,7 +254,7 @@ def test_full_kl_is_its_definition() -> None:
             )
         return float((new_TV.exp() * (new_TV - reference_TV)).sum())
 
-    assert model.full_kl(batch, "policy").tolist() == pytest.approx([kl(one) for one in said], rel=1e-4)
+    assert model.full_kl(batch, "policy")[0].tolist() == pytest.approx([kl(one) for one in said], rel=1e-4)
     assert float(model.compare(batch, "policy").kl_BT.sum()) == pytest.approx(sum(map(kl, said)), rel=1e-4)
 
 
@@ -307,4 +308,4 @@ def test_an_adapter_of_some_layers_and_of_several_ranks_is_taken_over() -> None:
     [said] = engine.generate([Request(samples()[0].prompt_ids, Sampling(max_tokens=8, seed=0), 1)])
     ours = said_by(model, Batch.of([said]), "policy")
     torch.testing.assert_close(ours, torch.tensor(said.raw_logprobs), rtol=0, atol=1e-4)
-    assert bool((model.full_kl(batch, "policy") > 0).all())
+    assert bool((model.full_kl(batch, "policy")[0] > 0).all())
