@@ -29,7 +29,7 @@ from tests.served import config_for, random_adapter, served
 from tests.test_whole_loop import PROMPTS, learner_on, policy
 from tests.told import NOW, exchange, feedback
 
-JUDGED = 120
+JUDGED, CUT = 120, 5
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def replies() -> list[tuple[str, str, bool]]:
     asked = [PROMPTS[n % 100] for n in range(JUDGED)]
     said = engine.generate(
         [
-            Request(tuple(chat.encode([message(prompt)])), Sampling(1.0, max_tokens=64, seed=n))
+            Request(tuple(chat.encode([message(prompt)])), Sampling(1.0, max_tokens=6 if n < CUT else 64, seed=n))
             for n, prompt in enumerate(asked)
         ]
     )
@@ -102,6 +102,7 @@ def test_what_was_said_of_another_bases_replies_is_learned_in_ones_own_tokens(
     by_id = {one.reply.reply_id: one.reply for one in round_.judgements}
     assert [chat.decode(by_id[f"r{n}"].reply_ids) for n in range(JUDGED)] == [reply for _, reply, _ in replies]
     assert [by_id[f"r{n}"].reply_ids[-1] in chat.eos_ids for n in range(JUDGED)] == [ended for *_, ended in replies]
+    assert [ended for *_, ended in replies][:CUT] == [False] * CUT
     assert set(round_.prompts) == {tuple(chat.encode([message(prompt)])) for prompt, *_ in replies}
     report = round_.fit_reward()
     assert report.auroc is not None
