@@ -290,8 +290,8 @@ class Learner:
     def page(self, update: Update, candidate: Candidate, version: int | None = None) -> str | None:
         """The update as a page for people: HTML; None where it cannot be drawn, for which no update is given up."""
         learned = self.learned(candidate)
-        update = dataclasses.replace(update, current=self.releaser.parent(update.current))
         try:
+            update = dataclasses.replace(update, current=self.releaser.parent(update.current))
             return update_page(update, version, learned.report, learned.gate, candidate.exhibits, self.clock())
         except Exception:
             _log.exception("update %d: no report can be made of it", update.number)
