@@ -63,8 +63,7 @@ def _feedback(db: sqlite3.Connection, feedback_id: str, policy: str) -> Json:
     values = dict(zip([column[0] for column in row.description], row.fetchone(), strict=True))
     event = Feedback.model_validate_json(values["event"])
     history = _history(db, values)
-    newest = db.execute("SELECT base FROM exchanges ORDER BY rowid DESC LIMIT 1").fetchone()
-    why_not = _why_not(values, event, policy, newest[0] if newest else None)
+    why_not = _why_not(values, event, policy)
     return {
         "id": feedback_id,
         "kind": event.kind,
@@ -94,8 +93,8 @@ def _history(db: sqlite3.Connection, values: Mapping[str, Any]) -> list[Story]:
     return steps
 
 
-def _why_not(values: Mapping[str, Any], event: Feedback, policy: str, base: str | None) -> str | None:
-    """Why it does not count, in a sentence; None where it does. `base`: the model that is spoken with now."""
+def _why_not(values: Mapping[str, Any], event: Feedback, policy: str) -> str | None:
+    """Why it does not count, in a sentence; None where it does, whatever base model replied."""
     status, reason = values["status"], values["reason"] or ""
     if status == "pending":
         return f"it waits for {', '.join(event.reply_ids)}, which the learner has not read yet"
@@ -107,12 +106,10 @@ def _why_not(values: Mapping[str, Any], event: Feedback, policy: str, base: str 
         return DROPPED.get(reason, reason)
     if values["untrained"] is not None:
         return UNTRAINED.get(values["untrained"], f"it is not learned from: {values['untrained']}")
-    if values["base"] is None or values["policy"] is None:
-        return "it compares replies of different models"
+    if values["policy"] is None:
+        return "it compares replies of different policies"
     if values["policy"] != policy:
         return f"it is about a reply of the policy {values['policy']}, and this is {policy}"
-    if values["base"] != base:
-        return "it is about a reply of another base model than the newest exchange"
     return None
 
 
@@ -179,7 +176,8 @@ def _feedback_panel(one: Json) -> Panel:
         outcome = " ".join(filter(None, (update["status"], update["version"], update["why"] and f"({update['why']})")))
         table.add_row("learned from", escape(f"first in update {update['number']}: {outcome}"))
     elif one["counts"]:
-        table.add_row("learned from", "not yet: the next update will")
+        before = any(step["status"] == "in_update" for step in one["history"])
+        table.add_row("learned from", f"not yet{' with this base model' if before else ''}: the next update will")
     return Panel(table, title=f"{one['id']}: {one['status']}", title_align="left")
 
 

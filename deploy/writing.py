@@ -31,9 +31,9 @@ class Writing:
 
     def write(self, past: Past, content: bytes, repeat: int, encoded: list[Encoded]) -> None:
         """One line's exchanges, then what was said of them. Raises LogUnavailable."""
-        # another base or policy learns from it for itself, so it has an exchange of its own there
+        # another policy learns from it for itself, so it has an exchange of its own there
         name = past.id if past.id is not None else f"{self.ids.digest(content)} {repeat}"
-        parts = (self.policy, self.base, "id" if past.id is not None else "content", name)
+        parts = (self.policy, "id" if past.id is not None else "content", name)
         at = self.now if past.at is None else past.at
         self.now += TICK_S
         replies = [self.ids.imported_reply(*parts, str(place)) for place in range(len(past.replies))]

@@ -126,12 +126,21 @@ class Ledger:
             self._close(update, "failed", now, why=why)
         return self[update.number]
 
-    def adopt(self, manifests: Sequence[Manifest], approved: Collection[int]) -> None:
-        """For a state made anew from the log: the updates that the store's versions came from, oldest first.
+    def of_this_base(self) -> bool:
+        """Whether it is this base's updates that feedback is new to or not: else `adopt` them."""
+        query = "SELECT 1 FROM learned_by WHERE policy = :policy AND base = :base"
+        return self.state.db.execute(query, self.state.line).fetchone() is not None
 
-        What versions that were served (`approved`) have learned from is not new.
+    def adopt(self, manifests: Sequence[Manifest], approved: Collection[int]) -> None:
+        """For a state made anew from the log, or of another base: the updates that this base's versions came from, oldest
+        first.
+
+        All feedback is new but what versions that were served (`approved`) have learned from.
         """
         with self.state.transaction() as db:
+            anew = "UPDATE feedback SET learned_in = NULL WHERE learned_in > 0 AND coalesce(policy, :policy) = :policy"
+            db.execute(anew, self.state.line)
+            db.execute("INSERT OR REPLACE INTO learned_by VALUES (:policy, :base)", self.state.line)
             for manifest in manifests:
                 number, offsets = number_of(manifest), _offsets(manifest)
                 served = manifest.version in approved

@@ -152,9 +152,7 @@ class Learner:
         """Absorb what is new, mirror the release to the log, tell the board; true while the log has more."""
         self.looked = self.clock()
         more = self.intake.absorb()
-        if (
-            not more and self.ledger.last() is None
-        ):  # a state made anew: take over the updates that made the store's versions
+        if not more and not self.ledger.of_this_base():
             self.ledger.adopt(self.releaser.made_by_updates(), self.store.release().approved)
         self.releaser.mirror()
         self.news = self.notices.stories() or self.news
@@ -197,7 +195,8 @@ class Learner:
         """Let the trainer make a candidate; None when it broke, which ends this update and not the learner."""
         judgements, prompts = self.state.judgements(JUDGEMENTS), self.state.prompts(PROMPTS)
         parent, seed = self.releaser.weights(update.current), self.config.seed + update.number
-        live = served(self.state, JUDGEMENTS, update.current) if self.config.live_share else ()
+        speaks = self.releaser.parent(update.current)
+        live = served(self.state, JUDGEMENTS, speaks) if self.config.live_share else ()
         try:
             with self.stopping.at_once():
                 return self.trainer.learn(
@@ -248,7 +247,7 @@ class Learner:
         learned = self.learned(candidate)
         version = self.store.publish(
             candidate.weights,
-            parent=update.current,
+            parent=self.releaser.parent(update.current),
             base=self.trainer.base,
             feedback={"count": update.feedback, "offsets": dict(update.offsets)},
             update={**learned.report, "number": update.number},
@@ -292,6 +291,7 @@ class Learner:
         """The update as a page for people: HTML; None where it cannot be drawn, for which no update is given up."""
         learned = self.learned(candidate)
         try:
+            update = dataclasses.replace(update, current=self.releaser.parent(update.current))
             return update_page(update, version, learned.report, learned.gate, candidate.exhibits, self.clock())
         except Exception:
             _log.exception("update %d: no report can be made of it", update.number)

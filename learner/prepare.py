@@ -1,5 +1,7 @@
 """From what people said to what the reward model learns from: in one shape, said once, and not taken back in the next breath.
 
+What another base replied is encoded anew, so that ratings outlive the base.
+
 Nothing is made up on the way but one thing: who copies one reply says nothing of the others, so that of each signal the judged
 replies that did not get it stand against those that did.
 """
@@ -14,7 +16,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from learner.state import Correction, Judgement, Sample
+    from learner.state import Judgement, Sample, Words
 
 WHOLE_EDIT = 8
 """Tokens changed from which on a correction counts in full."""
@@ -26,6 +28,13 @@ LIKED, DISLIKED = 4, 2
 Claim = tuple[Hashable, int]
 """Something that can be said or denied of a reply or of two, and which of the two was done (1 or −1)."""
 
+Encode = Callable[["Words"], tuple[tuple[int, ...], tuple[int, ...]]]
+"""Prompt and reply as token ids of the base that learns. Raises Unusable."""
+
+
+class Unusable(ValueError):
+    """The base that learns cannot take a reply: its template refuses the messages, or they are too long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -33,19 +42,14 @@ class Prepared:
 
     judgements: list[Judgement]
     dropped: Mapping[str, int]
-    """`empty`: it says nothing. `unusable`: a correction that the model's template refuses, or that is too long.
+    """`empty`: it says nothing. `unusable`: a correction, or another base's reply, that the model cannot take.
     `same`: the replies that it compares are the same. `aspect`: of an aspect that weighs nothing.
     `duplicate`: the same person said it of the same reply before. `contradictory`: and the opposite too."""
 
 
-def prepare(
-    judgements: Sequence[Judgement],
-    reply_ids: Callable[[Correction], Sequence[int] | None],
-    unweighted: Collection[str] = (),
-) -> Prepared:
-    """Judgements in the order given. `reply_ids`: tokens of a corrected reply, None where the model cannot take it;
-    `unweighted`: aspects that do not count."""
-    shaped = [_shaped(judgement, reply_ids, unweighted) for judgement in judgements]
+def prepare(judgements: Sequence[Judgement], encode: Encode, unweighted: Collection[str] = ()) -> Prepared:
+    """Judgements in the order given, every reply in tokens of the base that learns. `unweighted`: aspects that do not count."""
+    shaped = [_shaped(judgement, encode, unweighted) for judgement in judgements]
     dropped = Counter(one for one in shaped if isinstance(one, str))
     kept = [one for one in shaped if not isinstance(one, str)]
     for reason, without in (("duplicate", _once), ("contradictory", _consistent)):
@@ -92,28 +96,49 @@ def edit_distance(one: Sequence[int], other: Sequence[int], most: int = WHOLE_ED
     return min(row[len(other)], most)
 
 
-def _shaped(
-    judgement: Judgement, reply_ids: Callable[[Correction], Sequence[int] | None], unweighted: Collection[str]
-) -> Judgement | str:
+def _shaped(judgement: Judgement, encode: Encode, unweighted: Collection[str]) -> Judgement | str:
     """The judgement as its loss takes it, or why it is left out."""
     if judgement.aspect in unweighted:
         return "aspect"
+    if _is_empty(judgement):
+        return "empty"
+    try:
+        judgement = _encoded(judgement, encode)
+    except Unusable:
+        return "unusable"
     if judgement.kind == "signal":
-        if judgement.signal is None:
-            return "empty"
         dwelt = judgement.signal == "dwell"
         return judgement if dwelt else replace(judgement, value=float(judgement.value > 0))
-    if judgement.kind == "correction":
-        if judgement.correction is None or not judgement.correction.text.strip():
-            return "empty"
-        corrected = reply_ids(judgement.correction)
-        if not corrected:
-            return "unusable"
-        judgement = _edited(judgement, corrected)
     order = replies(judgement)
     if len(order) > 1 and len(set(map(_text, order))) == 1:
         return "same"
     return judgement
+
+
+def _is_empty(judgement: Judgement) -> bool:
+    if judgement.kind == "signal":
+        return judgement.signal is None
+    return judgement.kind == "correction" and not (judgement.correction and judgement.correction.text.strip())
+
+
+def _encoded(judgement: Judgement, encode: Encode) -> Judgement:
+    """Its replies in tokens of the base that learns, and a correction as one of them. Raises Unusable."""
+
+    def ours(sample: Sample) -> Sample:
+        if sample.words is None:
+            return sample
+        prompt_ids, reply_ids = encode(sample.words)
+        return replace(sample, prompt_ids=prompt_ids, reply_ids=reply_ids)
+
+    judgement = replace(
+        judgement,
+        reply=ours(judgement.reply),
+        other=judgement.other and ours(judgement.other),
+        ranked=tuple(map(ours, judgement.ranked)),
+    )
+    if judgement.kind != "correction" or judgement.correction is None:
+        return judgement
+    return _edited(judgement, encode(judgement.correction)[1])
 
 
 def _edited(judgement: Judgement, reply_ids: Sequence[int]) -> Judgement:

@@ -71,6 +71,13 @@ class Releaser:
         """The version that an update made, where it got that far."""
         return next((one for one in self.made_by_updates() if number_of(one) == number), None)
 
+    def parent(self, version: int) -> int:
+        """What a version that would replace this one goes on from: this one, or 0, the base, where it is none of this base's."""
+        try:
+            return version if self.store.manifest(version).base == self.base.fingerprint else 0
+        except BadAdapter:
+            return 0
+
     def weights(self, version: int) -> AdapterWeights | None:
         """What training goes on from; None for the base, and where the version does not fit this base."""
         if version == 0:

@@ -98,8 +98,7 @@ def _quantile(ordered: list[float], share: float) -> float | None:
 def _not_learned_from(state: State) -> dict[str, int]:
     """Joined feedback that is kept and not learned from (yet), by reason."""
     rows = state.db.execute(
-        "SELECT CASE WHEN untrained IS NOT NULL THEN untrained WHEN base IS NULL OR base != :base THEN 'other_base'"
-        " ELSE 'other_policy' END AS why, count(*) FROM feedback f"
+        "SELECT coalesce(untrained, 'other_policy') AS why, count(*) FROM feedback f"
         f" WHERE status = 'joined' AND NOT coalesce({LEARNED_FROM}, 0) GROUP BY why",
         state.line,
     )
@@ -111,7 +110,7 @@ def _why_no_judgements(state: State) -> str:
         return "no feedback yet"
     if state.db.execute("SELECT 1 FROM feedback WHERE status = 'pending' LIMIT 1").fetchone():
         return "no feedback to learn from yet: what came waits for the exchanges it speaks of"
-    return "no feedback to learn from yet: it takes thumbs, ratings or preferences on replies of this base model"
+    return "no feedback to learn from yet: it takes thumbs, ratings or preferences on replies of this policy"
 
 
 def _who_paused(release: Release) -> str:

@@ -27,6 +27,16 @@ from learner.statefile import open_state
 
 
 @dataclass(frozen=True, slots=True)
+class Words:
+    """A reply to these messages, as any base can take it."""
+
+    messages: tuple[Message, ...]
+    text: str
+    ended: bool = True
+    """False when it was cut, and so has no end of its own."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One reply as it was served."""
 
@@ -34,19 +44,13 @@ class Sample:
     prompt_ids: tuple[int, ...]
     reply_ids: tuple[int, ...]
     version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Correction:
-    """What a reply to these messages should have been."""
-
-    messages: tuple[Message, ...]
-    text: str
+    words: Words | None = None
+    """Of a reply that another base gave: its token ids are that base's until it is prepared (learner/prepare.py)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One live piece of feedback that the reward model can learn from, on replies of this base and policy.
+    """One live piece of feedback that the reward model can learn from, on replies of this policy, whatever its base was.
 
     `value` is 1 or 0 for a thumb, 1 to 5 for a rating, what came with a signal (1 if nothing did), else 1. Of a preference and
     a ranking `reply` is the best and `other` the next; a correction is about `reply` until it is prepared (learner/prepare.py):
@@ -63,7 +67,8 @@ class Judgement:
     aspect: str = "overall"
     signal: str | None = None
     """The signal's name."""
-    correction: Correction | None = None
+    correction: Words | None = None
+    """What the reply should have been."""
     ranked: tuple[Sample, ...] = ()
     """All replies of a ranking, from best to worst."""
     weight: float = 1.0
@@ -79,8 +84,8 @@ class StoryLine:
     step: Story
 
 
-# of the feedback in table f: it counts now, and the reward model of this policy and base learns from it
-LEARNED_FROM = "f.status = 'joined' AND f.untrained IS NULL AND f.policy = :policy AND f.base = :base"
+# of the feedback in table f: it counts now, and the reward model of this policy learns from it
+LEARNED_FROM = "f.status = 'joined' AND f.untrained IS NULL AND f.policy = :policy"
 # of those: what starts an update when enough of it is new
 STARTS = "f.kind IN ('thumb', 'rating', 'preference') AND f.learned_in IS NULL"
 
@@ -93,7 +98,7 @@ LIVE = (
 
 
 class State:
-    """The joined material of one policy over one base. Not for several threads at once."""
+    """The joined material of one policy, for the base that learns from it now. Not for several threads at once."""
 
     def __init__(self, path: Path, *, policy: str, base: str, keep: Keep = EVERYTHING) -> None:
         """Open or make the state file. `base` is the fingerprint of the base model. Raises StateError."""
@@ -177,7 +182,8 @@ class State:
         return max(len(old), gone) == most
 
     def judgement_count(self, *, fresh: bool) -> int:
-        """All that is learned from now; with `fresh`, thumbs, ratings and preferences that no update has learned from yet."""
+        """All that is learned from now; with `fresh`, thumbs, ratings and preferences that no update of this base has learned
+        from yet."""
         return self._count(f"AND {STARTS}" if fresh else "")
 
     def oldest_fresh_at(self) -> float | None:
@@ -194,8 +200,7 @@ class State:
         rows = self.db.execute(
             "SELECT f.id, f.kind, f.user, f.value, f.at, f.aspect, f.event,"
             " iif(f.kind = 'correction', json_extract(e.event, '$.content.messages'), '[]'),"
-            " e.reply_id, e.prompt_ids, e.reply_ids, e.version, o.reply_id, o.prompt_ids, o.reply_ids, o.version"
-            " FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
+            f" {_sample_of('e')}, {_sample_of('o')} FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
             " LEFT JOIN exchanges o ON o.reply_id = f.other_id"
             f" WHERE {LEARNED_FROM} ORDER BY f.kind = 'signal', f.at DESC, f.id DESC LIMIT :most",
             {**self.line, "most": most},
@@ -203,7 +208,7 @@ class State:
         return sorted(map(self._judgement, rows), key=lambda one: (one.at, one.feedback_id))
 
     def prompts(self, most: int) -> list[tuple[int, ...]]:
-        """Token ids of the distinct prompts that people sent, the newest first, at most so many."""
+        """Token ids of the distinct prompts that people sent to this base, the newest first, at most so many."""
         rows = self.db.execute(
             "SELECT prompt_ids FROM exchanges WHERE policy = :policy AND base = :base"
             " GROUP BY prompt_ids ORDER BY max(at) DESC, max(reply_id) DESC LIMIT :most",
@@ -284,20 +289,20 @@ class State:
             kind,
             user,
             1.0 if value is None else value,
-            _sample(*pair[:4]),
-            _other(*pair[4:]),
+            _sample(*pair[:5]),
+            None if pair[5] is None else _sample(*pair[5:]),
             at,
             aspect,
             signal=said.get("signal"),
-            correction=_correction(messages, said["content"].get("text")) if kind == "correction" else None,
+            correction=_words(json.loads(messages), said["content"].get("text")) if kind == "correction" else None,
             ranked=self._samples(said["reply_ids"]) if kind == "ranking" else (),
         )
 
     def _samples(self, reply_ids: Sequence[str]) -> tuple[Sample, ...]:
         rows = self.db.execute(
-            "SELECT e.reply_id, e.prompt_ids, e.reply_ids, e.version FROM json_each(?) named"
+            f"SELECT {_sample_of('e')} FROM json_each(:named) named"
             " JOIN exchanges e ON e.reply_id = named.value ORDER BY named.key",
-            (json.dumps(reply_ids),),
+            {**self.line, "named": json.dumps(reply_ids)},
         )
         return tuple(_sample(*row) for row in rows)
 
@@ -338,13 +343,21 @@ class State:
         return number
 
 
-def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int) -> Sample:
-    return Sample(reply_id, tuple(json.loads(prompt_ids)), tuple(json.loads(reply_ids)), version)
+def _sample_of(exchange: str) -> str:
+    """The columns that `_sample` takes of the exchange in this table."""
+    columns = ", ".join(f"{exchange}.{name}" for name in ("reply_id", "prompt_ids", "reply_ids", "version"))
+    said = f"json_extract({exchange}.event, '$.content.messages', '$.content.reply', '$.finish_reason')"
+    return f"{columns}, iif({exchange}.base = :base, NULL, {said})"
 
 
-def _other(reply_id: str | None, prompt_ids: str, reply_ids: str, version: int) -> Sample | None:
-    return None if reply_id is None else _sample(reply_id, prompt_ids, reply_ids, version)
+def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int, said: str | None) -> Sample:
+    """`said`: messages, reply and why it ended, where another base replied."""
+    ids = tuple(json.loads(prompt_ids)), tuple(json.loads(reply_ids))
+    if said is None:
+        return Sample(reply_id, *ids, version)
+    messages, text, reason = json.loads(said)
+    return Sample(reply_id, *ids, version, _words(messages, text, ended=reason == "stop"))
 
 
-def _correction(messages: str, text: str | None) -> Correction:
-    return Correction(tuple(map(Message.model_validate, json.loads(messages))), text or "")
+def _words(messages: Sequence[Any], text: str | None, *, ended: bool = True) -> Words:
+    return Words(tuple(map(Message.model_validate, messages)), text or "", ended)

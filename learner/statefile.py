@@ -135,7 +135,14 @@ UPDATE feedback
     WHERE untrained = 'aspect' OR untrained = 'kind' AND kind != 'comment';
 """
 
-SCRIPTS = (_TABLES, _PARTITIONS, _EVERY_KIND)
+# Feedback on replies of any base is learned from: feedback.learned_in names an update of this one.
+_BASES = """
+CREATE TABLE learned_by (policy TEXT PRIMARY KEY, base TEXT NOT NULL) WITHOUT ROWID;
+INSERT OR REPLACE INTO learned_by
+    SELECT policy, base FROM feedback WHERE learned_in > 0 AND policy IS NOT NULL AND base IS NOT NULL ORDER BY learned_in;
+"""
+
+SCRIPTS = (_TABLES, _PARTITIONS, _EVERY_KIND, _BASES)
 """What makes each schema from the one before it; the first, from nothing."""
 
 STATE_SCHEMA = len(SCRIPTS)

@@ -26,11 +26,11 @@ from learner.gate import GateReport
 from learner.improve import Improver, PolicyReport, Progress
 from learner.live import Live, LiveReply
 from learner.model import Batch, LearnerModel, Tokens, length_sorted
-from learner.prepare import prepare
+from learner.prepare import Unusable, prepare, replies
 from learner.recipe import ppo_config
 from learner.reward import RewardModel, RewardReport
 from learner.rollouts import Prompt, Rollout, Sampler, Shape, shuffled
-from learner.state import Correction, Judgement
+from learner.state import Judgement, Words
 from learner.steps import POLICY
 from learner.winrate import win_rate
 from serving.base import Base, describe_base
@@ -188,14 +188,15 @@ class Round:
         self.served = served
         self.trainer, self.model, self.config = trainer, trainer.model, trainer.config
         self.parent = parent
-        self.asked = len(prompts)
-        room = trainer.max_len - trainer.config.rollout_tokens
-        self.prompts = [prompt for prompt in prompts if len(prompt) <= room]  # those that leave room for a whole reply
         self.seed, self.progress = seed, progress
         self.report: dict[str, Any] = {"seconds": {"reward": 0.0, "rollouts": 0.0, "ppo": 0.0, "gate": 0.0}}
         self.exhibits = Exhibits()
         self.clock = time.perf_counter()
         self.judgements = self.prepare(judgements)
+        prompts = list(dict.fromkeys([*prompts, *self.taken_over()]))
+        self.asked = len(prompts)
+        room = trainer.max_len - trainer.config.rollout_tokens
+        self.prompts = [prompt for prompt in prompts if len(prompt) <= room]  # those that leave room for a whole reply
 
     def run(self) -> Candidate:
         """Reward model, then policy, then gate; what the reward model does not know moves nothing."""
@@ -219,19 +220,35 @@ class Round:
         aspects = self.config.aspects
         prepared = prepare(
             judgements,
-            self.corrected,
+            self.encode,
             [aspect for aspect, weight in aspects.items() if weight == 0],
         )
-        self.report["feedback"] = {"given": len(judgements), "dropped": dict(prepared.dropped)}
+        self.report["feedback"] = {
+            "given": len(judgements),
+            "of_other_bases": sum(any(one.words for one in replies(judgement)) for judgement in prepared.judgements),
+            "dropped": dict(prepared.dropped),
+        }
         return prepared.judgements
 
-    def corrected(self, correction: Correction) -> tuple[int, ...] | None:
-        """The tokens of a corrected reply; None where the chat's template refuses it, or no such reply would fit."""
+    def encode(self, words: Words) -> tuple[Prompt, tuple[int, ...]]:
+        """Prompt and reply in this base's tokens. Raises Unusable where its template refuses them, or they do not fit."""
+        chat, most = self.trainer.chat, self.trainer.max_len
+        self.progress("preparing", 0.0)  # milliseconds a reply, and there may be thousands
         try:
-            prompt_ids, reply_ids = self.trainer.chat.encode_answered(correction.messages, correction.text)
-        except ChatError:
-            return None
-        return tuple(reply_ids) if len(prompt_ids) + len(reply_ids) <= self.trainer.max_len else None
+            prompt_ids, reply_ids = chat.encode_answered(words.messages, words.text)
+        except ChatError as error:
+            raise Unusable(str(error)) from error
+        if not words.ended and reply_ids and reply_ids[-1] in chat.eos_ids:
+            reply_ids.pop()
+        if not reply_ids or len(prompt_ids) + len(reply_ids) > most:
+            raise Unusable(
+                f"{len(prompt_ids)} + {len(reply_ids)} tokens; at least one of the reply, at most {most} in all"
+            )
+        return tuple(prompt_ids), tuple(reply_ids)
+
+    def taken_over(self) -> list[Prompt]:
+        """The prompts of what another base replied, which this one may never have been asked."""
+        return [one.prompt_ids for judgement in self.judgements for one in replies(judgement) if one.words is not None]
 
     def fit_reward(self) -> RewardReport:
         """Learn what people like from all judgements, on the scale of the base's own replies."""

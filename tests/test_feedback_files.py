@@ -161,6 +161,17 @@ def test_the_same_file_again_changes_nothing(heed: Heed, tmp_path: Path, learned
     assert state.db.execute("SELECT count(*) FROM exchanges").fetchone() == (5,)
 
 
+def test_the_same_file_for_another_base_is_the_same_judgements(
+    heed: Heed, tmp_path: Path, learned: Learned, model_folder: Path
+):
+    file = jsonl(tmp_path / "past.jsonl", UP, FOUR, BETTER, SILENT)
+    assert heed("feedback", "import", file, HEED_MODEL=str(model_folder)).code == 0
+    before = learned(tmp_path / "heed-data").judgements()
+    assert [one.reply.words.text for one in before if one.reply.words] == ["It is 5.", "Hello!", "Hello!"]
+    assert heed("feedback", "import", file).code == 0
+    assert learned(tmp_path / "heed-data").judgements() == before
+
+
 def test_an_import_that_was_killed_goes_on(heed: Heed, tmp_path: Path, learned: Learned):
     file = jsonl(tmp_path / "past.jsonl", *({**UP, "user": f"u{i}"} for i in range(3000)))
     command = [sys.executable, "-m", "deploy.cli", "feedback", "import", file, "--data", tmp_path / "heed-data"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,7 @@ def test_a_reply_has_the_stories_of_all_that_was_said_of_it(state: State, heed: 
         ([feedback("f", "r", value=7)], "it does not say what its kind must say"),
         ([feedback("f", "r", kind="comment")], "comments are kept for people to read"),
         ([exchange("e", reply_ids=()), feedback("f", "e")], "the reply has no tokens"),
-        ([exchange("o", base="older"), feedback("f", "o"), exchange("new")], "another base model"),
-        ([exchange("o", base="older"), feedback("f", "o", "r", kind="preference")], "different models"),
+        ([exchange("p", policy="other"), feedback("f", "p", "r", kind="preference")], "different policies"),
         ([exchange("p", policy="other"), feedback("f", "p")], "the policy other, and this is default"),
     ],
 )
@@ -103,6 +103,24 @@ def test_what_does_not_count_says_why(events: list[Any], words: str, state: Stat
     assert words in told["why_not"]
     page = heed("feedback", "why", "f").out
     assert "no: " in page
+
+
+def test_feedback_on_a_reply_of_another_base_counts_and_waits_for_this_ones_first_update(
+    state: State, heed: Heed, tmp_path: Path
+):
+    pair = feedback("pair", "o", "r", kind="preference")
+    state.absorb(records(exchange("o", base="older"), exchange("r"), feedback("f", "o"), pair), NOW)
+    for one in ("f", "pair"):
+        [told] = why(heed, one)["feedback"]
+        assert (told["counts"], told["why_not"], told["update"]) == (True, None, None)
+    learn(state)
+    assert "first in update 1" in heed("feedback", "why", "f").out
+    state.close()
+    with closing(State(tmp_path / "heed-data" / "learner" / "state.db", policy="default", base="newer")) as newer:
+        Ledger(newer).adopt([], ())
+        page = heed("feedback", "why", "f").out
+        assert "in_version update 1 v1" in page
+        assert "not yet with this base model: the next update will" in page
 
 
 def test_feedback_that_waits_too_long_says_for_what(state: State, heed: Heed):

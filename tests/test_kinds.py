@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -16,7 +16,7 @@ from learner.config import LearnerConfig
 from learner.crossfit import CrossFit, RewardConfig
 from learner.prepare import prepare
 from learner.reward import RewardModel
-from learner.state import Correction, Judgement, State
+from learner.state import Judgement, State, Words
 from learner.update import Round, Trainer
 from serving.config import ServingConfig
 from tests import bases
@@ -47,8 +47,8 @@ def of_kind(kind: str) -> list[Judgement]:
     return prepare(made, _not_asked).judgements if kind not in ("ranking", "correction") else made
 
 
-def _not_asked(correction: Correction) -> Sequence[int]:
-    raise AssertionError(f"there is no correction here, but {correction}")
+def _not_asked(words: Words) -> NoReturn:
+    raise AssertionError(f"there is nothing to encode here, but {words}")
 
 
 def gap(judgements: Sequence[Judgement], **settings: Any) -> float:
@@ -137,7 +137,7 @@ def test_feedback_of_every_kind_posted_to_the_log_reaches_the_reward_model(train
     report = round_.fit_reward()
     assert report.judgements == {"ranking": 24, "correction": 24, "signal": 24, "thumb": 48}
     assert set(report.unseen) == {"thumb", "thumb:safe", "ranking", "correction", "signal:copied"}
-    assert round_.report["feedback"] == {"given": 144, "dropped": {"aspect": 24}}
+    assert round_.report["feedback"] == {"given": 144, "of_other_bases": 0, "dropped": {"aspect": 24}}
     edited, original = zip(
         *((one.reply, one.other) for one in round_.judgements if one.kind == "correction"), strict=True
     )

@@ -719,19 +719,120 @@ def test_a_state_made_anew_from_the_log_knows_what_the_versions_learned_from(wor
     assert world.store.manifest(2).update["number"] == 2
 
 
-def test_another_base_learns_anew_from_the_base(world: World):
+def with_base(world: World, base: str) -> ReadyMade:
+    """The learner is started with this base."""
+    world.trainer = ReadyMade(base=Base(base, TARGETS))
+    world.new_learner()
+    return world.trainer
+
+
+def test_another_base_learns_anew_and_from_all_feedback_at_once(world: World):
     world.thumbs(4)
     world.run()
-    world.trainer = ReadyMade(base=Base("another base", TARGETS))
+    before, told = world.state.digest(), world.steps("f1")
+    trainer = with_base(world, "another base")
+    world.run()
+    [call] = trainer.calls
+    assert trainer.restored is None
+    assert (call["parent"], call["prompts"]) == (None, [])
+    assert [one.feedback_id for one in call["judgements"]] == ["f1", "f2", "f3", "f4"]
+    assert all(one.reply.words.text == "there" for one in call["judgements"])
+    manifest = world.store.manifest(2)
+    assert (manifest.parent, manifest.base, manifest.update["number"]) == (0, "another base", 2)
+    assert "made v2 from the base" in world.store.page(2).read_text("utf-8")
+    assert (world.store.release().current, world.store.release().last_good) == (2, 1)
+    assert (world.state.digest(), world.steps("f1")) == (before, told)
+    assert world.report()["feedback"]["not_learned_from"] == {}
     world.new_learner()
     world.run()
-    assert world.trainer.calls == []
-    assert world.trainer.restored is None
-    assert world.report()["feedback"]["not_learned_from"] == {"other_base": 4}
-    world.thumbs(4, base="another base")
+    assert len(trainer.calls) == 1
+
+    world.thumbs(4, version=2, base="another base")
     world.run()
-    assert world.trainer.calls[0]["parent"] is None
-    assert len(world.trainer.calls[0]["judgements"]) == 4
+    assert (len(trainer.calls[1]["judgements"]), len(trainer.calls[1]["prompts"])) == (8, 4)
+    assert trainer.calls[1]["parent"] is not None
+    assert world.store.manifest(3).parent == 2
+
+
+def test_the_base_before_goes_on_where_it_was(world: World):
+    world.thumbs(4)
+    world.run()
+    digest = world.state.digest()
+    with_base(world, "another base")
+    world.run()
+    world.thumbs(3, version=2, base="another base")
+    world.run()
+    trainer = with_base(world, BASE)
+    world.run()
+    assert trainer.calls == []
+    assert world.report()["why"] == "3 of the 4 new judgements that start an update"
+    world.thumbs(1)
+    world.run()
+    [call] = trainer.calls
+    assert [one.reply.words is None for one in call["judgements"]] == [True] * 4 + [False] * 3 + [True]
+    assert world.store.release().current == 3
+    assert world.state.digest() != digest
+    anew = State(world.folder / "anew.db", policy="default", base=BASE)
+    while anew.absorb(
+        world.log.read(EXCHANGES, anew.offsets(), 99) + world.log.read(FEEDBACK, anew.offsets(), 99), NOW
+    ):
+        pass
+    assert anew.digest() == world.state.digest()
+    anew.close()
+
+
+def test_a_base_that_was_only_tried_makes_nothing_new(world: World):
+    world.thumbs(4)
+    world.run()
+    world.config = world.config.model_copy(update={"update_min_feedback": 5})
+    tried = with_base(world, "another base")
+    world.run()
+    assert tried.calls == []
+    assert world.report()["feedback"]["new"] == 4
+    trainer = with_base(world, BASE)
+    world.run()
+    assert trainer.calls == []
+    assert world.report()["feedback"]["new"] == 0
+
+
+def test_a_state_made_anew_on_another_base_knows_what_that_ones_versions_learned_from(world: World):
+    world.thumbs(4)
+    world.run()
+    with_base(world, "another base")
+    world.run()
+    world.close_learner()
+    (world.config.folder / "state.db").unlink()
+    world.new_learner()
+    world.run()
+    assert len(world.trainer.calls) == 1
+    assert world.report()["last_update"]["number"] == 2
+
+
+def test_an_update_that_a_kill_cut_short_is_done_by_the_next_base(world: World):
+    def killed() -> None:
+        raise Killed
+
+    world.trainer.during = killed
+    world.thumbs(4)
+    with pytest.raises(Killed):
+        world.run()
+    trainer = with_base(world, "another base")
+    world.run()
+    assert len(trainer.calls) == 1
+    assert (world.store.manifest(1).base, world.store.manifest(1).update["number"]) == ("another base", 1)
+
+
+def test_what_waits_for_a_resumed_release_is_passed_over_by_another_base(world: World):
+    world.trainer.during = lambda: world.store.change("pause", "operator") and None
+    world.thumbs(4)
+    world.run()
+    assert world.store.release().current == 0
+    trainer = with_base(world, "another base")
+    world.store.change("resume", "operator")
+    world.run()
+    assert len(trainer.calls) == 1
+    assert world.learner.ledger[1].status == "passed_over"
+    assert "made for another base" in (world.learner.ledger[1].why or "")
     assert world.store.release().current == 2
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feedback.events import Message
-from learner.prepare import NOBODYS, Prepared, claims, edit_distance, prepare
-from learner.state import Correction, Judgement, Sample
+from learner.prepare import NOBODYS, Prepared, Unusable, claims, edit_distance, prepare
+from learner.state import Judgement, Sample, Words
 
 GOOD, BAD, OTHER = (Sample(name, (1, 2), ids, 0) for name, ids in (("r", (5, 6, 2)), ("q", (7, 2)), ("p", (8, 9, 2))))
 AGAIN = replace(GOOD, reply_id="r again")
@@ -29,17 +29,19 @@ def said(
     text: str | None = None,
     ranked: tuple[Sample, ...] = (),
 ) -> Judgement:
-    correction = None if text is None else Correction((Message(role="user", content="hello"),), text)
+    correction = None if text is None else Words((Message(role="user", content="hello"),), text)
     return Judgement("f", kind, user, value, reply, other, 1.0, aspect, signal, correction, ranked)
 
 
-def words(correction: Correction) -> list[int]:
-    """A tokenizer: numbers in, numbers out, and the end."""
-    return [*map(int, correction.text.split()), 2]
+def encode(words: Words) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A base: numbers in, numbers out, and the end; prompts of more than one message, and of letters, are none of its."""
+    if len(words.messages) != 1 or words.text.isalpha():
+        raise Unusable(words.text)
+    return (1, 2), (*map(int, words.text.split()), *([2] if words.ended else []))
 
 
 def prepared(*judgements: Judgement, unweighted: tuple[str, ...] = ()) -> Prepared:
-    return prepare(judgements, words, unweighted)
+    return prepare(judgements, encode, unweighted)
 
 
 # Each reason to leave a judgement out
@@ -60,10 +62,8 @@ def test_a_comparison_of_a_reply_with_itself_is_dropped_as_the_same() -> None:
     assert found == Prepared([said("preference", other=BAD)], {"same": 3})
 
 
-@pytest.mark.parametrize("tokens", [None, ()])
-def test_a_correction_that_the_model_cannot_take_is_dropped_as_unusable(tokens: tuple[int, ...] | None) -> None:
-    found = prepare([said("correction", text="5 7"), said("thumb")], lambda _: tokens)
-    assert found == Prepared([said("thumb")], {"unusable": 1})
+def test_a_correction_that_the_model_cannot_take_is_dropped_as_unusable() -> None:
+    assert prepared(said("correction", text="foo"), said("thumb")) == Prepared([said("thumb")], {"unusable": 1})
 
 
 def test_an_aspect_that_weighs_nothing_is_dropped() -> None:
@@ -142,6 +142,53 @@ def test_a_correction_counts_by_how_much_it_changed(text: str, weight: float) ->
 )
 def test_the_edit_distance_counts_tokens(one: str, other: str, distance: int) -> None:
     assert edit_distance(one.encode(), other.encode()) == edit_distance(other.encode(), one.encode()) == distance
+
+
+# Replies of another base
+
+
+def foreign(text: str, *, ended: bool = True, messages: int = 1) -> Sample:
+    """A reply whose token ids are another base's."""
+    words = Words((Message(role="user", content="hello"),) * messages, text, ended)
+    return Sample(text, (901, 902), (903,), 3, words)
+
+
+def test_what_another_base_replied_is_judged_in_tokens_of_this_one() -> None:
+    one, two, cut = foreign("5 6"), foreign("7"), foreign("8 9", ended=False)
+    thumb, preference, ranking, correction, dwell = prepared(
+        said("thumb", reply=cut),
+        said("preference", reply=one, other=BAD),
+        said("ranking", reply=two, other=one, ranked=(two, one, OTHER), user="bob"),
+        said("correction", reply=one, text="5 9", user="eve"),
+        said("signal", reply=two, signal="dwell"),
+    ).judgements
+    assert (thumb.reply.prompt_ids, thumb.reply.reply_ids, thumb.reply.version) == ((1, 2), (8, 9), 3)
+    assert (preference.reply.reply_ids, preference.other) == ((5, 6, 2), BAD)
+    assert [sample.reply_ids for sample in ranking.ranked] == [(7, 2), (5, 6, 2), (8, 9, 2)]
+    assert (ranking.reply, ranking.other) == ranking.ranked[:2]
+    assert correction.other is not None
+    assert (correction.reply.prompt_ids, correction.reply.reply_ids) == ((1, 2), (5, 9, 2))
+    assert (correction.other.reply_ids, correction.weight) == ((5, 6, 2), 1 / 8)
+    assert dwell.reply.reply_ids == (7, 2)
+
+
+@pytest.mark.parametrize("bad", [foreign("foo"), foreign("5", messages=2)])
+def test_what_another_base_replied_and_this_one_cannot_take_is_dropped_as_unusable(bad: Sample) -> None:
+    found = prepared(
+        said("thumb", reply=bad),
+        said("preference", other=bad),
+        said("ranking", ranked=(GOOD, BAD, bad)),
+        said("correction", reply=bad, text="5"),
+        said("signal", reply=bad, signal="copied"),
+        said("thumb"),
+    )
+    assert found == Prepared([said("thumb")], {"unusable": 5})
+
+
+def test_the_same_words_are_the_same_reply_whichever_base_said_them() -> None:
+    assert prepared(said("thumb"), said("thumb", reply=foreign("5 6"))).dropped == {"duplicate": 1}
+    assert prepared(said("thumb"), said("thumb", 0, reply=foreign("5 6"))).dropped == {"contradictory": 2}
+    assert prepared(said("preference", other=foreign("5 6"))).dropped == {"same": 1}
 
 
 # Signals

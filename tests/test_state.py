@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from feedback.events import EXCHANGES, FEEDBACK, Message
 from learner.ledger import Learned, Ledger
 from learner.report import dropped, feedback_counts, freshness, liked
-from learner.state import Correction, State
+from learner.state import Sample, State, Words
 from learner.statefile import StateError, open_state, remove_state
 from tests.told import BASE, NOW, POLICY, exchange, feedback, records, retraction
 
@@ -196,9 +196,34 @@ def test_rankings_corrections_signals_and_aspects_bring_what_they_need(state: St
     ranking, correction, signal, aspect = state.judgements()
     assert [one.reply_id for one in ranking.ranked] == ["q", "p", "r"]
     assert [one.reply_ids for one in ranking.ranked] == [(1,), (2,), (0,)]
-    assert correction.correction == Correction((Message(role="user", content="hi"),), "better")
+    assert correction.correction == Words((Message(role="user", content="hi"),), "better")
     assert (signal.signal, signal.value) == ("dwell", 2.5)
     assert aspect.aspect == "safe"
+
+
+def test_replies_of_another_base_are_judged_in_words(state: State):
+    state.absorb(
+        records(
+            exchange("own"),
+            exchange("other", base="another", prompt="hi", reply="well", version=7),
+            exchange("cut", base="a third", reply="we", finish_reason="length"),
+            feedback("thumb", "other"),
+            feedback("pair", "own", "other", kind="preference", at=NOW + 1),
+            feedback("order", "cut", "own", "other", kind="ranking", at=NOW + 2),
+            feedback("edit", "other", kind="correction", text="better", at=NOW + 3),
+        ),
+        NOW,
+    )
+    hi = (Message(role="user", content="hi"),)
+    thumb, pair, order, edit = state.judgements()
+    assert thumb.reply == Sample("other", (1, 2, 3), (4, 5), 7, Words(hi, "well"))
+    assert (pair.reply.words, pair.other) == (None, thumb.reply)
+    assert [one.words and one.words.ended for one in order.ranked] == [False, None, True]
+    assert (edit.reply, edit.correction) == (thumb.reply, Words(hi, "better"))
+    assert state.judgement_count(fresh=True) == 2
+    assert state.prompts(9) == [(1, 2, 3)]
+    assert feedback_counts(state)["not_learned_from"] == {}
+    assert liked(state) == {}
 
 
 def test_signals_do_not_crowd_out_what_people_said(state: State):
@@ -211,18 +236,16 @@ def test_what_cannot_be_learned_from_is_kept_and_counted(state: State):
     state.absorb(
         records(
             exchange("r"),
-            exchange("foreign", base="another"),
             exchange("elsewhere", policy="other"),
             exchange("silent", reply_ids=()),
-            feedback("mixed", "r", "foreign", kind="preference"),
-            feedback("foreign", "foreign"),
+            feedback("mixed", "r", "elsewhere", kind="preference"),
             feedback("elsewhere", "elsewhere"),
             feedback("silent", "silent"),
         ),
         NOW,
     )
     assert state.judgements() == []
-    assert feedback_counts(state)["not_learned_from"] == {"other_base": 2, "other_policy": 1, "empty_reply": 1}
+    assert feedback_counts(state)["not_learned_from"] == {"other_policy": 2, "empty_reply": 1}
     assert state.prompts(10) == [(1, 2, 3)]
 
 
@@ -429,7 +452,7 @@ def test_a_state_of_a_newer_heed_is_refused(tmp_path: Path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 7")
     db.close()
-    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 3.*heed learn --rebuild"):
+    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 4.*heed learn --rebuild"):
         open_state(path)
 
 

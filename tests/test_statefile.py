@@ -176,6 +176,7 @@ def test_a_state_of_schema_1_becomes_what_the_log_makes_anew(tmp_path: Path):
     last = Ledger(migrated).last()
     assert last is not None
     assert (last.number, last.status, last.version) == (1, "released", 1)
+    assert Ledger(migrated).of_this_base()
     migrated.close()
     anew.close()
 
@@ -214,7 +215,7 @@ def test_what_an_older_heed_did_not_learn_from_is_learned_from(tmp_path: Path):
             state.absorb(records(*events), NOW)
             if name == "old":  # as schema 2 had it
                 state.db.execute("UPDATE feedback SET untrained = iif(aspect = 'safe', 'aspect', 'kind')")
-                state.db.execute("PRAGMA user_version = 2")
+                state.db.executescript("DROP TABLE learned_by; PRAGMA user_version = 2")
     for name in ("old", "new"):
         with closing(State(tmp_path / f"{name}.db", policy=POLICY, base=BASE)) as state:
             assert {one.feedback_id for one in state.judgements()} == {"ranking", "aspect"}

@@ -12,6 +12,7 @@ from feedback.events import (
     ExchangeContent,
     Feedback,
     FeedbackContent,
+    FinishReason,
     Kind,
     Message,
     Retraction,
@@ -36,6 +37,8 @@ def exchange(
     reply_ids: tuple[int, ...] = (4, 5),
     at: float = NOW,
     source: Source = "served",
+    reply: str = "there",
+    finish_reason: FinishReason = "stop",
 ) -> Exchange:
     return Exchange(
         at=at,
@@ -47,13 +50,13 @@ def exchange(
         caller="c",
         conversation="conv-1",
         turn=0,
-        finish_reason="stop",
+        finish_reason=finish_reason,
         sampling=SamplingUsed(temperature=1, top_p=1, top_k=0, min_p=0, max_tokens=16, seed=None, stop=()),
         content=ExchangeContent(
             user="ann",
             messages=(Message(role="user", content=prompt),),
             prompt_ids=prompt_ids,
-            reply="there",
+            reply=reply,
             reply_ids=reply_ids,
             logprobs=(-0.5,) * len(reply_ids),
             raw_logprobs=(-0.5,) * len(reply_ids),
