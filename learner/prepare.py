@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -41,11 +41,11 @@ class Prepared:
 def prepare(
     judgements: Sequence[Judgement],
     reply_ids: Callable[[Correction], Sequence[int] | None],
-    unweighted: Collection[str] = (),
+    aspects: Mapping[str, float] | None = None,
 ) -> Prepared:
     """Judgements in the order given. `reply_ids`: tokens of a corrected reply, None where the model cannot take it;
-    `unweighted`: aspects that do not count."""
-    shaped = [_shaped(judgement, reply_ids, unweighted) for judgement in judgements]
+    `aspects`: how much what is said of an aspect counts, 1 where it is not named, nothing at 0."""
+    shaped = [_shaped(judgement, reply_ids, aspects or {}) for judgement in judgements]
     dropped = Counter(one for one in shaped if isinstance(one, str))
     kept = [one for one in shaped if not isinstance(one, str)]
     for reason, without in (("duplicate", _once), ("contradictory", _consistent)):
@@ -93,11 +93,13 @@ def edit_distance(one: Sequence[int], other: Sequence[int], most: int = WHOLE_ED
 
 
 def _shaped(
-    judgement: Judgement, reply_ids: Callable[[Correction], Sequence[int] | None], unweighted: Collection[str]
+    judgement: Judgement, reply_ids: Callable[[Correction], Sequence[int] | None], aspects: Mapping[str, float]
 ) -> Judgement | str:
     """The judgement as its loss takes it, or why it is left out."""
-    if judgement.aspect in unweighted:
+    weight = judgement.weight * aspects.get(judgement.aspect, 1.0)
+    if not weight:
         return "aspect"
+    judgement = replace(judgement, weight=weight)
     if judgement.kind == "signal":
         if judgement.signal is None:
             return "empty"
@@ -124,7 +126,7 @@ def _edited(judgement: Judgement, reply_ids: Sequence[int]) -> Judgement:
         judgement,
         reply=replace(was, reply_ids=tuple(reply_ids)),
         other=was,
-        weight=min(changed, WHOLE_EDIT) / WHOLE_EDIT,
+        weight=judgement.weight * min(changed, WHOLE_EDIT) / WHOLE_EDIT,
     )
 
 
@@ -165,7 +167,7 @@ def _contrasted(signals: Sequence[Judgement], others: Sequence[Judgement]) -> li
             continue
         got = {_text(one.reply) for one in came}
         silent = [place for text, place in served.items() if text not in got]
-        weight = min(1.0, sum(one.value for one in came) / max(len(silent), 1))
+        weight = came[0].weight * min(1.0, sum(one.value for one in came) / max(len(silent), 1))
         found += came
         found += [
             replace(came[0], feedback_id=NOBODYS, user=None, value=0.0, reply=sample, at=at, weight=weight)

@@ -67,7 +67,7 @@ class Judgement:
     ranked: tuple[Sample, ...] = ()
     """All replies of a ranking, from best to worst."""
     weight: float = 1.0
-    """How much it counts beside others of its kind."""
+    """How much it counts beside others of its kind: by its aspect, and a correction by how much it changed, once prepared."""
 
 
 @dataclass(frozen=True, slots=True)

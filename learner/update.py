@@ -77,7 +77,7 @@ class Trainer:
         self.reward = RewardModel(
             model.get_input_embeddings().get_parameter("weight").float().cpu(),
             self.chat.eos_ids,
-            RewardConfig(aspects=config.aspects),
+            RewardConfig(),
             self.states,
         )
         reach = getattr(model.config, "max_position_embeddings", None) or ROLLOUT_CONTEXT
@@ -192,12 +192,7 @@ class Round:
 
     def prepare(self, judgements: Sequence[Judgement]) -> list[Judgement]:
         """What there is to learn from once what says nothing, or says it twice, is left out."""
-        aspects = self.config.aspects
-        prepared = prepare(
-            judgements,
-            self.corrected,
-            [aspect for aspect, weight in aspects.items() if weight == 0],
-        )
+        prepared = prepare(judgements, self.corrected, self.config.aspects)
         self.report["feedback"] = {"given": len(judgements), "dropped": dict(prepared.dropped)}
         return prepared.judgements
 

@@ -91,8 +91,8 @@ def test_an_aspect_counts_by_its_weight() -> None:
         for n, one in enumerate(thumbs(100, noise=0.0))
     ]
     said = [*thumbs(100, noise=0.0), *against]
-    assert gap(said, aspects={"brief": 0.1}) > 1.0
-    assert gap(said, aspects={"brief": 10.0}) < -1.0
+    assert gap(prepare(said, _not_asked, {"brief": 0.1}).judgements) > 1.0
+    assert gap(prepare(said, _not_asked, {"brief": 10.0}).judgements) < -1.0
 
 
 # From the log into the reward model

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feedback.events import Message
+from learner.direct import liked
 from learner.prepare import NOBODYS, Prepared, claims, edit_distance, prepare
 from learner.state import Correction, Judgement, Sample
 
@@ -38,8 +39,8 @@ def words(correction: Correction) -> list[int]:
     return [*map(int, correction.text.split()), 2]
 
 
-def prepared(*judgements: Judgement, unweighted: tuple[str, ...] = ()) -> Prepared:
-    return prepare(judgements, words, unweighted)
+def prepared(*judgements: Judgement, **aspects: float) -> Prepared:
+    return prepare(judgements, words, aspects)
 
 
 # Each reason to leave a judgement out
@@ -67,8 +68,15 @@ def test_a_correction_that_the_model_cannot_take_is_dropped_as_unusable(tokens: 
 
 
 def test_an_aspect_that_weighs_nothing_is_dropped() -> None:
-    found = prepared(said("thumb", aspect="tone"), said("thumb", aspect="safe"), unweighted=("tone",))
+    found = prepared(said("thumb", aspect="tone"), said("thumb", aspect="safe"), tone=0)
     assert found == Prepared([said("thumb", aspect="safe")], {"aspect": 1})
+
+
+def test_an_aspect_weighs_what_it_was_given_whatever_learns_from_it() -> None:
+    safe, whole = said("thumb", aspect="safe"), said("thumb", reply=BAD, user="bob")
+    found = prepared(safe, whole, said("correction", text="5"), safe=2.5, overall=0.5).judgements
+    assert [one.weight for one in found] == [2.5, 0.5, 0.5 / 8]
+    assert [one.weight for one in liked(found[:2])] == [2.5, 0.5]  # as KTO, DPO and SFT take it
 
 
 @pytest.mark.parametrize(
