@@ -157,7 +157,8 @@ def _contrasted(signals: Sequence[Judgement], others: Sequence[Judgement]) -> li
     served: dict[Hashable, tuple[Sample, float]] = {}
     for one in [*signals, *others]:
         for sample in replies(one)[one.kind == "correction" :]:  # the corrected text was served to nobody
-            served.setdefault(_text(sample), (sample, one.at))
+            if sample.live:  # nor could anybody have sent a signal of what was said elsewhere
+                served.setdefault(_text(sample), (sample, one.at))
     found: list[Judgement] = []
     for name in dict.fromkeys(one.signal for one in signals):
         came = [one for one in signals if one.signal == name]

@@ -34,6 +34,8 @@ class Sample:
     prompt_ids: tuple[int, ...]
     reply_ids: tuple[int, ...]
     version: int
+    live: bool = True
+    """A version of ours said it (Exchange.live): who read it could have sent a signal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ LIVE = (
     "NOT EXISTS (SELECT 1 FROM exchanges AS i INDEXED BY imported"
     " WHERE i.reply_id = e.reply_id AND json_extract(i.event, '$.source') = 'imported')"
 )
+# what makes a sample
+SAMPLE = f"e.reply_id, e.prompt_ids, e.reply_ids, e.version, {LIVE}"
 
 
 class State:
@@ -194,7 +198,7 @@ class State:
         rows = self.db.execute(
             "SELECT f.id, f.kind, f.user, f.value, f.at, f.aspect, f.event,"
             " iif(f.kind = 'correction', json_extract(e.event, '$.content.messages'), '[]'),"
-            " e.reply_id, e.prompt_ids, e.reply_ids, e.version, o.reply_id, o.prompt_ids, o.reply_ids, o.version"
+            f" {SAMPLE}, {SAMPLE.replace('e.', 'o.')}"
             " FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
             " LEFT JOIN exchanges o ON o.reply_id = f.other_id"
             f" WHERE {LEARNED_FROM} ORDER BY f.kind = 'signal', f.at DESC, f.id DESC LIMIT :most",
@@ -284,8 +288,8 @@ class State:
             kind,
             user,
             1.0 if value is None else value,
-            _sample(*pair[:4]),
-            _other(*pair[4:]),
+            _sample(*pair[:5]),
+            _other(*pair[5:]),
             at,
             aspect,
             signal=said.get("signal"),
@@ -295,8 +299,7 @@ class State:
 
     def _samples(self, reply_ids: Sequence[str]) -> tuple[Sample, ...]:
         rows = self.db.execute(
-            "SELECT e.reply_id, e.prompt_ids, e.reply_ids, e.version FROM json_each(?) named"
-            " JOIN exchanges e ON e.reply_id = named.value ORDER BY named.key",
+            f"SELECT {SAMPLE} FROM json_each(?) named JOIN exchanges e ON e.reply_id = named.value ORDER BY named.key",
             (json.dumps(reply_ids),),
         )
         return tuple(_sample(*row) for row in rows)
@@ -338,12 +341,12 @@ class State:
         return number
 
 
-def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int) -> Sample:
-    return Sample(reply_id, tuple(json.loads(prompt_ids)), tuple(json.loads(reply_ids)), version)
+def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int, live: int) -> Sample:
+    return Sample(reply_id, tuple(json.loads(prompt_ids)), tuple(json.loads(reply_ids)), version, bool(live))
 
 
-def _other(reply_id: str | None, prompt_ids: str, reply_ids: str, version: int) -> Sample | None:
-    return None if reply_id is None else _sample(reply_id, prompt_ids, reply_ids, version)
+def _other(reply_id: str | None, *rest: Any) -> Sample | None:
+    return None if reply_id is None else _sample(reply_id, *rest)
 
 
 def _correction(messages: str, text: str | None) -> Correction:

@@ -167,6 +167,16 @@ def test_replies_that_got_no_signal_stand_against_those_that_did() -> None:
     assert first.feedback_id == NOBODYS
 
 
+def test_replies_that_were_imported_say_nothing_by_their_silence() -> None:
+    imported = replace(BAD, live=False)
+    thumbs = [said("thumb", reply=one, user="bob") for one in (imported, OTHER)]
+    pair = said("preference", reply=replace(AGAIN, live=False), other=imported)
+    *_, silent = prepared(*thumbs, pair, said("signal", reply=AGAIN, signal="copied")).judgements
+    assert (silent.reply, silent.value, silent.weight) == (OTHER, 0.0, 1.0)
+    [_, _, came] = prepared(*thumbs[:1], pair, said("signal", reply=AGAIN, signal="copied")).judgements
+    assert came.value == 1.0
+
+
 def test_a_signal_of_value_0_did_not_come() -> None:
     [found] = prepared(said("signal", 0.0, signal="clicked")).judgements
     assert found.value == 0.0
