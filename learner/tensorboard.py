@@ -89,7 +89,7 @@ class TensorBoard(Watcher):
 
     def _record(self, **what: Any) -> bytes:
         """An event as TensorFlow's record files have it: length, its checksum, content, its checksum."""
-        content = self.event(wall_time=time.time(), **what).SerializeToString()
+        content: bytes = self.event(wall_time=time.time(), **what).SerializeToString()
         length = struct.pack("<Q", len(content))
         length_sum, content_sum = (struct.pack("<I", self.checksum(part)) for part in (length, content))
         return length + length_sum + content + content_sum
