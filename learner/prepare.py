@@ -22,6 +22,8 @@ NOBODYS = ""
 """Id of what nobody said: that a reply did not get a signal."""
 LIKED, DISLIKED = 4, 2
 """Stars from which on, and up to which, a rating says yes or no."""
+REPLIES = 4096
+"""Distinct replies that an update learns from, at most: what a fit takes grows with the square of them, and beyond."""
 
 Claim = tuple[Hashable, int]
 """Something that can be said or denied of a reply or of two, and which of the two was done (1 or −1)."""
@@ -29,13 +31,19 @@ Claim = tuple[Hashable, int]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What the reward model learns from, and how many judgements were left out for which reason."""
+    """What the reward model learns from, and what was left out."""
 
     judgements: list[Judgement]
-    dropped: Mapping[str, int]
-    """`empty`: it says nothing. `unusable`: a correction that the model's template refuses, or that is too long.
-    `same`: the replies that it compares are the same. `aspect`: of an aspect that weighs nothing.
-    `duplicate`: the same person said it of the same reply before. `contradictory`: and the opposite too."""
+    left_out: Mapping[str, str]
+    """Id of the feedback → why. `empty`: it says nothing. `unusable`: a correction that the model's template refuses, or that
+    is too long. `same`: the replies that it compares are the same. `aspect`: of an aspect that weighs nothing.
+    `duplicate`: the same person said it of the same reply before. `contradictory`: and the opposite too.
+    `surplus`: newer judgements are of as many replies as a fit takes."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many were left out for which reason."""
+        return dict(Counter(self.left_out.values()))
 
 
 def prepare(
@@ -43,17 +51,18 @@ def prepare(
     reply_ids: Callable[[Correction], Sequence[int] | None],
     aspects: Mapping[str, float] | None = None,
 ) -> Prepared:
-    """Judgements in the order given. `reply_ids`: tokens of a corrected reply, None where the model cannot take it;
-    `aspects`: how much what is said of an aspect counts, 1 where it is not named, nothing at 0."""
-    shaped = [_shaped(judgement, reply_ids, aspects or {}) for judgement in judgements]
-    dropped = Counter(one for one in shaped if isinstance(one, str))
-    kept = [one for one in shaped if not isinstance(one, str)]
-    for reason, without in (("duplicate", _once), ("contradictory", _consistent)):
+    """Judgements, no two of one id, in the order given. `reply_ids`: tokens of a corrected reply, None where the model cannot
+    take it; `aspects`: how much what is said of an aspect counts, 1 where it is not named, nothing at 0."""
+    shaped = {one.feedback_id: _shaped(one, reply_ids, aspects or {}) for one in judgements}
+    left_out = {feedback_id: one for feedback_id, one in shaped.items() if isinstance(one, str)}
+    kept = [one for one in shaped.values() if not isinstance(one, str)]
+    for reason, without in (("duplicate", _once), ("contradictory", _consistent), ("surplus", _newest)):
         left = without(kept)
-        dropped[reason], kept = len(kept) - len(left), left
+        left_out |= dict.fromkeys({one.feedback_id for one in kept} - {one.feedback_id for one in left}, reason)
+        kept = left
     signals = [one for one in kept if one.kind == "signal"]
     others = [one for one in kept if one.kind != "signal"]
-    return Prepared([*others, *_contrasted(signals, others)], dict(+dropped))
+    return Prepared([*others, *_contrasted(signals, others)], left_out)
 
 
 def claims(judgement: Judgement) -> Iterator[Claim]:
@@ -150,6 +159,18 @@ def _consistent(judgements: Sequence[Judgement]) -> list[Judgement]:
         return one.user is not None and any(len(sides[one.user, subject]) > 1 for subject, _ in claims(one))
 
     return [one for one in judgements if not denied(one)]
+
+
+def _newest(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """As many as are of no more than REPLIES replies, the newest first. Signals come last: they may be many, and say little."""
+    known: set[Hashable] = set()
+    kept: set[str] = set()
+    for one in sorted(judgements, key=lambda one: (one.kind != "signal", one.at), reverse=True):
+        more = {*map(_text, replies(one))} - known
+        if len(known) + len(more) <= REPLIES:
+            known |= more
+            kept.add(one.feedback_id)
+    return [one for one in judgements if one.feedback_id in kept]
 
 
 def _contrasted(signals: Sequence[Judgement], others: Sequence[Judgement]) -> list[Judgement]:

@@ -42,7 +42,7 @@ def of_kind(kind: str) -> list[Judgement]:
         elif kind == "correction":
             made.append(judgement(n, kind, 1.0, good, user, bad))
         else:
-            made.append(replace(judgement(n, "signal", 1.0, good, user), signal=kind))
+            made.append(replace(judgement(n, "signal", 1.0, good, user), feedback_id=f"s{n}", signal=kind))
             made.append(judgement(n, "rating", 3.0, bad, user))  # the plain one was seen as well
     return prepare(made, _not_asked).judgements if kind not in ("ranking", "correction") else made
 

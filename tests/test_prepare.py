@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from feedback.events import Message
 from learner.direct import liked
-from learner.prepare import NOBODYS, Prepared, claims, edit_distance, prepare
+from learner.prepare import NOBODYS, claims, edit_distance, prepare
 from learner.state import Correction, Judgement, Sample
 
 GOOD, BAD, OTHER = (Sample(name, (1, 2), ids, 0) for name, ids in (("r", (5, 6, 2)), ("q", (7, 2)), ("p", (8, 9, 2))))
@@ -39,8 +40,22 @@ def words(correction: Correction) -> list[int]:
     return [*map(int, correction.text.split()), 2]
 
 
-def prepared(*judgements: Judgement, **aspects: float) -> Prepared:
-    return prepare(judgements, words, aspects)
+@dataclass(frozen=True)
+class Found:
+    """What is left, and how many were left out for which reason."""
+
+    judgements: list[Judgement]
+    dropped: dict[str, int]
+
+
+def prepared(
+    *judgements: Judgement, words: Callable[[Correction], Sequence[int] | None] = words, **aspects: float
+) -> Found:
+    """Of these judgements, each of which is another piece of feedback."""
+    found = prepare(
+        [replace(one, feedback_id=f"f{n}", at=float(n)) for n, one in enumerate(judgements)], words, aspects
+    )
+    return Found([replace(one, feedback_id=one.feedback_id and "f", at=1.0) for one in found.judgements], found.dropped)
 
 
 # Each reason to leave a judgement out
@@ -48,7 +63,7 @@ def prepared(*judgements: Judgement, **aspects: float) -> Prepared:
 
 def test_what_says_nothing_is_dropped_as_empty() -> None:
     found = prepared(said("correction", text=" \n"), said("signal"), said("thumb"))
-    assert found == Prepared([said("thumb")], {"empty": 2})
+    assert found == Found([said("thumb")], {"empty": 2})
 
 
 def test_a_comparison_of_a_reply_with_itself_is_dropped_as_the_same() -> None:
@@ -58,18 +73,18 @@ def test_a_comparison_of_a_reply_with_itself_is_dropped_as_the_same() -> None:
         said("correction", text="5 6"),
         said("preference", other=BAD),
     )
-    assert found == Prepared([said("preference", other=BAD)], {"same": 3})
+    assert found == Found([said("preference", other=BAD)], {"same": 3})
 
 
 @pytest.mark.parametrize("tokens", [None, ()])
 def test_a_correction_that_the_model_cannot_take_is_dropped_as_unusable(tokens: tuple[int, ...] | None) -> None:
-    found = prepare([said("correction", text="5 7"), said("thumb")], lambda _: tokens)
-    assert found == Prepared([said("thumb")], {"unusable": 1})
+    found = prepared(said("correction", text="5 7"), said("thumb"), words=lambda _: tokens)
+    assert found == Found([said("thumb")], {"unusable": 1})
 
 
 def test_an_aspect_that_weighs_nothing_is_dropped() -> None:
     found = prepared(said("thumb", aspect="tone"), said("thumb", aspect="safe"), tone=0)
-    assert found == Prepared([said("thumb", aspect="safe")], {"aspect": 1})
+    assert found == Found([said("thumb", aspect="safe")], {"aspect": 1})
 
 
 def test_an_aspect_weighs_what_it_was_given_whatever_learns_from_it() -> None:
@@ -120,7 +135,7 @@ def test_of_another_reply_aspect_or_signal_nothing_is_a_duplicate() -> None:
 def test_what_a_person_said_and_denied_is_dropped_as_contradictory(opposite: tuple[Judgement, Judgement]) -> None:
     one, denial = opposite
     found = prepared(one, denial, said("thumb", reply=OTHER))
-    assert found == Prepared([said("thumb", reply=OTHER)], {"contradictory": 2})
+    assert found == Found([said("thumb", reply=OTHER)], {"contradictory": 2})
     assert prepared(one, replace(denial, user="bob")).dropped == {}
     assert prepared(replace(one, user=None), replace(denial, user=None)).dropped == {}
 
@@ -128,6 +143,29 @@ def test_what_a_person_said_and_denied_is_dropped_as_contradictory(opposite: tup
 def test_of_another_aspect_or_in_between_nothing_is_contradictory() -> None:
     assert prepared(said("thumb", 1), said("thumb", 0, aspect="safe"), said("rating", 3)).dropped == {}
     assert list(claims(said("rating", 3))) == list(claims(said("signal", signal="copied"))) == []
+
+
+def test_of_more_replies_than_a_fit_takes_the_newest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.prepare.REPLIES", 3)
+    fourth = replace(OTHER, reply_ids=(9, 2))
+    long = said("ranking", other=BAD, ranked=(GOOD, BAD, OTHER, fourth))
+    old, newest = said("thumb", user="bob"), said("thumb", reply=OTHER)
+    found = prepared(old, said("preference", reply=BAD, other=fourth), newest, long, said("signal", signal="copied"))
+    assert found.dropped == {"surplus": 3}  # the ranking has too many by itself, the first thumb is the oldest
+    assert [one.kind for one in found.judgements] == ["preference", "thumb"]
+
+
+def test_signals_do_not_crowd_out_the_replies_that_people_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.prepare.REPLIES", 1)
+    found = prepared(said("thumb"), said("signal", reply=BAD, signal="copied"), said("signal", signal="copied"))
+    assert found == Found([said("thumb"), said("signal", signal="copied")], {"surplus": 1})
+
+
+def test_what_is_left_out_is_told_by_its_id() -> None:
+    named = [said("thumb"), said("thumb", reply=AGAIN), said("signal"), said("rating", 5, user="bob")]
+    found = prepare([replace(one, feedback_id=f"f{n}") for n, one in enumerate(named)], words)
+    assert found.left_out == {"f1": "duplicate", "f2": "empty"}
+    assert [one.feedback_id for one in found.judgements] == ["f0", "f3"]
 
 
 # Corrections
