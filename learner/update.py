@@ -58,6 +58,8 @@ class Candidate:
     report: dict[str, Any]
     gate: GateReport
     exhibits: Exhibits = field(default_factory=Exhibits)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Id of feedback that was not used → why (learner/prepare.py)."""
 
 
 class Trainer:
@@ -193,7 +195,8 @@ class Round:
     def prepare(self, judgements: Sequence[Judgement]) -> list[Judgement]:
         """What there is to learn from once what says nothing, or says it twice, is left out."""
         prepared = prepare(judgements, self.corrected, self.config.aspects)
-        self.report["feedback"] = {"given": len(judgements), "dropped": dict(prepared.dropped)}
+        self.report["feedback"] = {"given": len(judgements), "dropped": prepared.dropped}
+        self.left_out = prepared.left_out
         return prepared.judgements
 
     def corrected(self, correction: Correction) -> tuple[int, ...] | None:
@@ -324,7 +327,8 @@ class Round:
         return gate.no_worse(gain, float(gain_B.std()) / math.sqrt(len(gain_B)))
 
     def candidate(self, checks: Sequence[gate.Check]) -> Candidate:
-        return Candidate(self.model.adapter(POLICY).weights(), self.report, GateReport.of(checks), self.exhibits)
+        weights, verdict = self.model.adapter(POLICY).weights(), GateReport.of(checks)
+        return Candidate(weights, self.report, verdict, self.exhibits, self.left_out)
 
     def spend(self, phase: str) -> None:
         """Add the time since the last call to a phase."""

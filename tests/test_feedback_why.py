@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deploy.why import LEFT_OUT
 from learner.ledger import Learned, Ledger
+from learner.prepare import Prepared
 from learner.state import State
 from tests.commands import Heed
 from tests.told import NOW, exchange, feedback, records, retraction
@@ -30,10 +34,11 @@ def why(heed: Heed, one: str, **variables: str) -> dict[str, Any]:
     return told
 
 
-def learn(state: State) -> None:
-    """An update over all that is fresh, released as v1 and served."""
+def learn(state: State, **left_out: str) -> None:
+    """An update over all that is fresh, but for what is left out; released as v1 and served."""
     ledger = Ledger(state)
     update = ledger.begin(current=0, above=0, now=NOW + 20)
+    ledger.used(update, {one.feedback_id: left_out.get(one.feedback_id) for one in state.judgements()})
     learned = Learned({}, {}, {"in_reward_model": NOW + 25, "in_update": NOW + 30})
     ledger.released(ledger.published(update, 1, learned), NOW + 39)
     state.note_served({1: NOW + 40})
@@ -103,6 +108,16 @@ def test_what_does_not_count_says_why(events: list[Any], words: str, state: Stat
     assert words in told["why_not"]
     page = heed("feedback", "why", "f").out
     assert "no: " in page
+
+
+def test_what_an_update_left_out_says_why(state: State, heed: Heed):
+    state.absorb(records(exchange("r"), feedback("f", "r"), feedback("g", "r", user="bob")), NOW)
+    learn(state, f="duplicate")
+    [told] = why(heed, "f")["feedback"]
+    assert (told["status"], told["counts"], told["update"]) == ("joined", False, None)
+    assert told["why_not"] == "the last update left it out: the same person had said the same of the same reply"
+    assert why(heed, "g")["feedback"][0]["status"] == "served"
+    assert set(LEFT_OUT) == set(re.findall(r"`(\w+)`:", inspect.getsource(Prepared)))
 
 
 def test_feedback_that_waits_too_long_says_for_what(state: State, heed: Heed):

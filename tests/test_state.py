@@ -448,7 +448,7 @@ def test_a_state_of_a_newer_heed_is_refused(tmp_path: Path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 7")
     db.close()
-    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 3.*heed learn --rebuild"):
+    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 4.*heed learn --rebuild"):
         open_state(path)
 
 
