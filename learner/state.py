@@ -84,7 +84,10 @@ class StoryLine:
 # of the feedback in table f: it counts now, and the reward model of this policy and base learns from it
 LEARNED_FROM = "f.status = 'joined' AND f.untrained IS NULL AND f.policy = :policy AND f.base = :base"
 # of those: what starts an update when enough of it is new
-STARTS = "f.kind IN ('thumb', 'rating', 'preference') AND f.learned_in IS NULL"
+STARTS = (
+    "f.kind IN ('thumb', 'rating', 'preference') AND f.learned_in IS NULL"
+    " AND f.aspect NOT IN (SELECT value FROM json_each(:weightless))"
+)
 
 
 # of the exchange in table e: a version of ours said it (Exchange.live)
@@ -99,10 +102,13 @@ SAMPLE = f"e.reply_id, e.prompt_ids, e.reply_ids, e.version, {LIVE}"
 class State:
     """The joined material of one policy over one base. Not for several threads at once."""
 
-    def __init__(self, path: Path, *, policy: str, base: str, keep: Keep = EVERYTHING) -> None:
-        """Open or make the state file. `base` is the fingerprint of the base model. Raises StateError."""
+    def __init__(
+        self, path: Path, *, policy: str, base: str, keep: Keep = EVERYTHING, weightless: Sequence[str] = ()
+    ) -> None:
+        """Open or make the state file. `base` is the fingerprint of the base model; what is said of `weightless` aspects
+        starts no update. Raises StateError."""
         self.db = open_state(path)
-        self.line = {"policy": policy, "base": base}
+        self.line = {"policy": policy, "base": base, "weightless": json.dumps(weightless)}
         self.kept = keep
         self._take_parked()
         self._join_what_is_whole()

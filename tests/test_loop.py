@@ -156,6 +156,7 @@ class World:
             policy="default",
             base=self.trainer.base.fingerprint,
             keep=keep,
+            weightless=self.config.weightless,
         )
         self.open = [self.log, self.board, self.state]
         self.learner = Learner(
@@ -397,6 +398,18 @@ def test_a_kill_between_store_and_ledger_makes_no_story_of_what_was_left_out(
     assert len(world.trainer.calls) == 1
     assert "in_version" in world.steps("f1")
     assert world.steps("f2") == ["joined"]
+
+
+def test_thumbs_on_an_aspect_that_weighs_nothing_start_no_update(make: Callable[..., World]):
+    world = make(aspect_weights=("tone=0", "safe=2"))
+    world.tell(exchange("r"), *(feedback(f"t{n}", "r", user=f"u{n}", aspect="tone") for n in range(4)))
+    world.thumbs(3)
+    world.run()
+    assert world.trainer.calls == []
+    assert world.report()["why"] == "3 of the 4 new judgements that start an update"
+    world.tell(feedback("s", "r", aspect="safe"))
+    world.run()
+    assert len(world.trainer.calls) == 1
 
 
 def test_after_the_interval_fewer_are_enough_but_never_none(make: Callable[..., World]):
