@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -28,6 +28,15 @@ UNTRAINED = {
 DROPPED = {
     "no_exchange": "the reply it speaks of did not come before HEED_JOIN_WAIT_S was over",
     "malformed": "it does not say what its kind must say",
+}
+LEFT_OUT = {
+    "empty": "it says nothing",
+    "unusable": "a reply, or what it should have been, is too long for the model, or its chat template refuses it",
+    "same": "the replies that it compares are the same",
+    "aspect": "its aspect weighs nothing (HEED_ASPECT_WEIGHTS)",
+    "duplicate": "the same person had said the same of the same reply",
+    "contradictory": "the same person said the opposite too",
+    "surplus": "newer feedback was as much as an update takes",
 }
 
 
@@ -74,7 +83,7 @@ def _feedback(db: sqlite3.Connection, feedback_id: str, policy: str) -> Json:
         "history": [_step(step) for step in history],
         "counts": why_not is None,
         "why_not": why_not,
-        "update": _update(db, values["learned_in"]),
+        "update": _update(db, _learned_in(values, history)),
         "replies": [_reply(db, reply_id) or {"id": reply_id, "known": False} for reply_id in event.reply_ids],
     }
 
@@ -110,7 +119,17 @@ def _why_not(values: Mapping[str, Any], event: Feedback, policy: str) -> str | N
         return "it compares replies of different policies"
     if values["policy"] != policy:
         return f"it is about a reply of the policy {values['policy']}, and this is {policy}"
+    if values.get("left_out") is not None:  # a file of an older Heed has no such column
+        return f"the last update left it out: {LEFT_OUT.get(values['left_out'], values['left_out'])}"
     return None
+
+
+def _learned_in(values: Mapping[str, Any], history: Sequence[Story]) -> int | None:
+    """The update that learned from it first; of one that broke, that which was to."""
+    if values["learned_in"] is None:  # by this base
+        return None
+    told = (step.update for step in history if step.status == "in_reward_model")
+    return next(told, values["learned_in"] if values.get("left_out") is None else None)
 
 
 def _update(db: sqlite3.Connection, number: int | None) -> Json | None:

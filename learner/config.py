@@ -128,6 +128,11 @@ class LearnerConfig(Settings):
         return {aspect: float(weight) for aspect, _, weight in parts}
 
     @property
+    def weightless(self) -> list[str]:
+        """The aspects that count for nothing."""
+        return [aspect for aspect, weight in self.aspects.items() if weight == 0]
+
+    @property
     def folder(self) -> Path:
         """Where the learner keeps its state and checkpoints."""
         return self.serving.feedback.data / "learner"

@@ -54,8 +54,6 @@ class RewardConfig:
         }
     )
     """How much a judgement of each kind counts."""
-    aspects: Mapping[str, float] = field(default_factory=dict)
-    """By how much more or less than that it counts for an aspect; 1 for those that are not named."""
     smoothing: float = 0.05
     """Of preferences: the share of them taken to be slips."""
     rater_penalty: float = 1.0

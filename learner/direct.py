@@ -111,10 +111,10 @@ def dpo_loss(liked_B: Tensor, disliked_B: Tensor, weight_B: Tensor, beta: float 
 def kto_loss(ratio_B: Tensor, liked_B: Tensor, pasted_B: Tensor, weight_B: Tensor, beta: float = BETA) -> Tensor:
     """1 − σ(β(h − z)) for a liked reply, 1 − σ(β(z − h)) for another; the weighted mean (2402.01306, eq. 8).
 
-    z is the KL to the reference, by replies pasted to other prompts; at least 0, and no gradient goes through it. `ratio_B` is
-    h, `pasted_B` the same of the pasted ones, `liked_B` True or False.
+    z is the KL to the reference, by replies pasted to other prompts; at least 0 (and 0 where there are none), and no gradient
+    goes through it. `ratio_B` is h, `pasted_B` the same of the pasted ones, however many, `liked_B` True or False.
     """
-    zero = pasted_B.detach().mean().clamp_min(0)
+    zero = pasted_B.detach().sum().clamp_min(0) / max(len(pasted_B), 1)
     gain_B = torch.where(liked_B, ratio_B - zero, zero - ratio_B)
     return (weight_B * (1 - torch.sigmoid(beta * gain_B))).sum() / weight_B.sum()
 
@@ -124,14 +124,15 @@ def sft_loss(ratio_B: Tensor, tokens_B: Tensor, weight_B: Tensor) -> Tensor:
     return -(weight_B * ratio_B).sum() / (weight_B * tokens_B).sum()
 
 
-def rows_of(name: str, examples: Sequence[Example]) -> list[Tokens]:
-    """The replies whose h a step's loss asks for."""
+def rows_of(name: str, examples: Sequence[Example], max_len: int) -> list[Tokens]:
+    """The replies whose h a step's loss asks for. Of pasted ones those of up to `max_len` tokens, prompt included."""
     rows = [one.reply for one in examples]
     if name == "dpo":
         return [*rows, *(one.disliked for one in examples if one.disliked is not None)]
     if name == "kto":
         others = itertools.islice(itertools.cycle(rows), 1, len(rows) + 1)
-        return [*rows, *(Pasted(one.prompt_ids, other.reply_ids) for one, other in zip(rows, others, strict=False))]
+        pasted = [Pasted(one.prompt_ids, other.reply_ids) for one, other in zip(rows, others, strict=False)]
+        return [*rows, *(one for one in pasted if len(one.prompt_ids) + len(one.reply_ids) <= max_len)]
     return rows
 
 
@@ -192,7 +193,7 @@ class Direct(Improver):
         So its gradient is that of Σ ∂loss/∂h · log π, which adds up over any micro-batches, though pairs may lie in two of them.
         """
         self.beat()
-        batch = Batch.of(rows_of(self.name, examples))
+        batch = Batch.of(rows_of(self.name, examples, self.collector.sampler.engine.max_len))
         ratio_B = self.log_ratios(batch).requires_grad_()
         loss = loss_of(self.name, ratio_B, examples)
         (pull_B,) = torch.autograd.grad(loss, ratio_B)

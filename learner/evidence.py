@@ -122,14 +122,8 @@ class Evidence:
 
 
 def weigh(judgements: Sequence[Judgement], config: RewardConfig) -> list[float]:
-    """The weight of each judgement: that of its kind and aspect, less where one rater would have more than their share."""
-    weights = [
-        judgement.weight
-        * config.weights[judgement.kind]
-        / config.weights["thumb"]
-        * config.aspects.get(judgement.aspect, 1.0)
-        for judgement in judgements
-    ]
+    """The weight of each judgement: its own and that of its kind, less where one rater would have more than their share."""
+    weights = [judgement.weight * config.weights[judgement.kind] / config.weights["thumb"] for judgement in judgements]
     given = defaultdict[str, float](float)
     for judgement, weight in zip(judgements, weights, strict=True):
         if judgement.user:

@@ -148,12 +148,13 @@ class Joiner:
 
     def replace(self, feedback: Feedback, record: Record) -> None:
         """Feedback that goes before what the state holds under its id. What was learned from the same words stays so."""
-        columns = "SELECT body, learned_in, fresh_s FROM feedback WHERE id = ?"
+        columns = "SELECT body, learned_in, left_out, fresh_s FROM feedback WHERE id = ?"
         body, *learned = self.db.execute(columns, (feedback.id,)).fetchone()
         self.remove(feedback.id)
         self.put(feedback, record)
         if body == feedback.body:
-            self.db.execute("UPDATE feedback SET learned_in = ?, fresh_s = ? WHERE id = ?", (*learned, feedback.id))
+            same = "UPDATE feedback SET learned_in = ?, left_out = ?, fresh_s = ? WHERE id = ?"
+            self.db.execute(same, (*learned, feedback.id))
 
     def remove(self, feedback_id: str) -> None:
         """The feedback leaves the state with its story, as if it had never come: what it superseded counts again."""

@@ -93,6 +93,19 @@ class Ledger:
         """The update that is running or waits to be released."""
         return self._one("WHERE status IN ('running', 'published')")
 
+    def used(self, update: Update, given: Mapping[str, str | None]) -> None:
+        """Of the feedback that the trainer was given: why it was left out, None where it was used. The rest was too much."""
+        with self.state.transaction() as db:
+            db.execute(
+                f"UPDATE feedback AS f SET left_out = 'surplus' WHERE {LEARNED_FROM} AND learned_in <= :number"
+                " AND left_out IS NOT 'surplus' AND id NOT IN (SELECT key FROM json_each(:given))",
+                {**self.state.line, "number": update.number, "given": json.dumps(given)},
+            )
+            db.executemany(
+                "UPDATE feedback SET left_out = ?1 WHERE id = ?2 AND left_out IS NOT ?1",
+                [(reason, feedback_id) for feedback_id, reason in given.items()],
+            )
+
     def refused(self, update: Update, learned: Learned, why: str, now: float) -> Update:
         """The gate said no."""
         with self.state.transaction():
@@ -179,12 +192,12 @@ class Ledger:
         self.state.db.execute(f"UPDATE updates SET {assignments} WHERE number = ?", (*values, update.number))
 
     def _tell(self, number: int, reached: Mapping[str, float], version: int | None = None) -> None:
-        """A line in the story of each judgement the update learned from, where it is the first of that status."""
+        """A line in the story of each judgement that the update used, where it is the first of that status."""
         for status, at in reached.items():
             self.state.db.execute(
                 "INSERT OR IGNORE INTO stories (feedback_id, status, at, in_update, version)"
                 " SELECT id, :status, :at, :number, :version"
-                f" FROM feedback f WHERE {LEARNED_FROM} AND learned_in <= :number",
+                f" FROM feedback f WHERE {LEARNED_FROM} AND learned_in <= :number AND left_out IS NULL",
                 {**self.state.line, "status": status, "at": at, "number": number, "version": version},
             )
 

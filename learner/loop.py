@@ -199,12 +199,15 @@ class Learner:
         live = served(self.state, JUDGEMENTS, speaks) if self.config.live_share else ()
         try:
             with self.stopping.at_once():
-                return self.trainer.learn(
+                candidate = self.trainer.learn(
                     judgements, prompts, parent=parent, seed=seed, served=live, progress=self.progress
                 )
         except Exception:
             _log.exception("update %d failed", update.number)
             return None
+        used = {one.feedback_id: candidate.left_out.get(one.feedback_id) for one in judgements}
+        self.ledger.used(update, used)  # before it is published: of what a kill leaves there nobody else knows
+        return candidate
 
     def progress(self, phase: str, fraction: float, batch: Mapping[str, float] | None = None) -> None:
         """The trainer calls this again and again, so that the learner goes on listening while it trains."""

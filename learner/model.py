@@ -288,11 +288,11 @@ class LearnerModel(nn.Module):
     @torch.no_grad()
     def full_kl(self, batch: Batch, adapter: str) -> tuple[Tensor, Tensor]:
         """KL(adapter ‖ base) over the whole vocabulary, summed over each reply, [B], in nats; and `states`, [B, 2H]."""
-        base_BTH = self.hidden(batch, None)
-        new_NH, base_NH = self.hidden(batch, adapter)[batch.before_BT], base_BTH[batch.before_BT]
+        reference_BTH = self.hidden(batch, None)
+        new_NH, base_NH = self.hidden(batch, adapter)[batch.before_BT], reference_BTH[batch.before_BT]
         chunks = zip(new_NH.split(self.chunk_tokens), base_NH.split(self.chunk_tokens), strict=True)
         kl_N = torch.cat([ppo.full_kl(self.logits(new), self.logits(base)) for new, base in chunks])
-        return batch.spread(kl_N.cpu()).sum(1), _states(batch, base_BTH)
+        return batch.spread(kl_N.cpu()).sum(1), _states(batch, reference_BTH)
 
 
 def _states(batch: Batch, hidden_BTH: Tensor) -> Tensor:

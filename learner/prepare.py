@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ NOBODYS = ""
 """Id of what nobody said: that a reply did not get a signal."""
 LIKED, DISLIKED = 4, 2
 """Stars from which on, and up to which, a rating says yes or no."""
+REPLIES = 4096
+"""Distinct replies that an update learns from, at most: what a fit takes grows with the square of them, and beyond."""
 
 Claim = tuple[Hashable, int]
 """Something that can be said or denied of a reply or of two, and which of the two was done (1 or −1)."""
@@ -38,26 +40,34 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What the reward model learns from, and how many judgements were left out for which reason."""
+    """What the reward model learns from, and what was left out."""
 
     judgements: list[Judgement]
-    dropped: Mapping[str, int]
-    """`empty`: it says nothing. `unusable`: a correction, or another base's reply, that the model cannot take.
-    `same`: the replies that it compares are the same. `aspect`: of an aspect that weighs nothing.
-    `duplicate`: the same person said it of the same reply before. `contradictory`: and the opposite too."""
+    left_out: Mapping[str, str]
+    """Id of the feedback → why. `empty`: it says nothing. `unusable`: a correction, or another base's reply, that the model
+    cannot take. `same`: the replies that it compares are the same. `aspect`: of an aspect that weighs nothing.
+    `duplicate`: the same person said it of the same reply before. `contradictory`: and the opposite too.
+    `surplus`: newer judgements are of as many replies as a fit takes."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many were left out for which reason."""
+        return dict(Counter(self.left_out.values()))
 
 
-def prepare(judgements: Sequence[Judgement], encode: Encode, unweighted: Collection[str] = ()) -> Prepared:
-    """Judgements in the order given, every reply in tokens of the base that learns. `unweighted`: aspects that do not count."""
-    shaped = [_shaped(judgement, encode, unweighted) for judgement in judgements]
-    dropped = Counter(one for one in shaped if isinstance(one, str))
-    kept = [one for one in shaped if not isinstance(one, str)]
-    for reason, without in (("duplicate", _once), ("contradictory", _consistent)):
+def prepare(judgements: Sequence[Judgement], encode: Encode, aspects: Mapping[str, float] | None = None) -> Prepared:
+    """Judgements, no two of one id, in the order given, every reply in tokens of the base that learns. `aspects`: how much what
+    is said of an aspect counts, 1 where it is not named, nothing at 0."""
+    shaped = {one.feedback_id: _shaped(one, encode, aspects or {}) for one in judgements}
+    left_out = {feedback_id: one for feedback_id, one in shaped.items() if isinstance(one, str)}
+    kept = [one for one in shaped.values() if not isinstance(one, str)]
+    for reason, without in (("duplicate", _once), ("contradictory", _consistent), ("surplus", _newest)):
         left = without(kept)
-        dropped[reason], kept = len(kept) - len(left), left
+        left_out |= dict.fromkeys({one.feedback_id for one in kept} - {one.feedback_id for one in left}, reason)
+        kept = left
     signals = [one for one in kept if one.kind == "signal"]
     others = [one for one in kept if one.kind != "signal"]
-    return Prepared([*others, *_contrasted(signals, others)], dict(+dropped))
+    return Prepared([*others, *_contrasted(signals, others)], left_out)
 
 
 def claims(judgement: Judgement) -> Iterator[Claim]:
@@ -96,14 +106,15 @@ def edit_distance(one: Sequence[int], other: Sequence[int], most: int = WHOLE_ED
     return min(row[len(other)], most)
 
 
-def _shaped(judgement: Judgement, encode: Encode, unweighted: Collection[str]) -> Judgement | str:
+def _shaped(judgement: Judgement, encode: Encode, aspects: Mapping[str, float]) -> Judgement | str:
     """The judgement as its loss takes it, or why it is left out."""
-    if judgement.aspect in unweighted:
+    weight = judgement.weight * aspects.get(judgement.aspect, 1.0)
+    if not weight:
         return "aspect"
     if _is_empty(judgement):
         return "empty"
     try:
-        judgement = _encoded(judgement, encode)
+        judgement = _encoded(replace(judgement, weight=weight), encode)
     except Unusable:
         return "unusable"
     if judgement.kind == "signal":
@@ -149,7 +160,7 @@ def _edited(judgement: Judgement, reply_ids: Sequence[int]) -> Judgement:
         judgement,
         reply=replace(was, reply_ids=tuple(reply_ids)),
         other=was,
-        weight=min(changed, WHOLE_EDIT) / WHOLE_EDIT,
+        weight=judgement.weight * min(changed, WHOLE_EDIT) / WHOLE_EDIT,
     )
 
 
@@ -175,12 +186,25 @@ def _consistent(judgements: Sequence[Judgement]) -> list[Judgement]:
     return [one for one in judgements if not denied(one)]
 
 
+def _newest(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """As many as are of no more than REPLIES replies, the newest first. Signals come last: they may be many, and say little."""
+    known: set[Hashable] = set()
+    kept: set[str] = set()
+    for one in sorted(judgements, key=lambda one: (one.kind != "signal", one.at), reverse=True):
+        more = {*map(_text, replies(one))} - known
+        if len(known) + len(more) <= REPLIES:
+            known |= more
+            kept.add(one.feedback_id)
+    return [one for one in judgements if one.feedback_id in kept]
+
+
 def _contrasted(signals: Sequence[Judgement], others: Sequence[Judgement]) -> list[Judgement]:
     """Signals, each name with as much weight on replies that did not get it as on those that did; a dwell is long or short."""
     served: dict[Hashable, tuple[Sample, float]] = {}
     for one in [*signals, *others]:
         for sample in replies(one)[one.kind == "correction" :]:  # the corrected text was served to nobody
-            served.setdefault(_text(sample), (sample, one.at))
+            if sample.live:  # nor could anybody have sent a signal of what was said elsewhere
+                served.setdefault(_text(sample), (sample, one.at))
     found: list[Judgement] = []
     for name in dict.fromkeys(one.signal for one in signals):
         came = [one for one in signals if one.signal == name]
@@ -190,7 +214,7 @@ def _contrasted(signals: Sequence[Judgement], others: Sequence[Judgement]) -> li
             continue
         got = {_text(one.reply) for one in came}
         silent = [place for text, place in served.items() if text not in got]
-        weight = min(1.0, sum(one.value for one in came) / max(len(silent), 1))
+        weight = came[0].weight * min(1.0, sum(one.value for one in came) / max(len(silent), 1))
         found += came
         found += [
             replace(came[0], feedback_id=NOBODYS, user=None, value=0.0, reply=sample, at=at, weight=weight)

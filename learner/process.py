@@ -198,9 +198,11 @@ def _open_state(config: LearnerConfig, base: str, rebuild: bool, stopping: Stopp
     path = config.folder / "state.db"
     if rebuild:
         _patiently(lambda: remove_state(path), stopping)
-    keep = Keep.of(config.state_keep_days, config.state_keep_mb)
+    policy, keep = config.serving.feedback.policy, Keep.of(config.state_keep_days, config.state_keep_mb)
     try:
-        return _patiently(lambda: State(path, policy=config.serving.feedback.policy, base=base, keep=keep), stopping)
+        return _patiently(
+            lambda: State(path, policy=policy, base=base, keep=keep, weightless=config.weightless), stopping
+        )
     except StateError as error:
         raise _Refused(str(error), Exit.FAILED) from error
 

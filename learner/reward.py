@@ -84,8 +84,9 @@ class RewardModel:
         self.embeddings_VH, self.eos_ids, self.config, self.states = embeddings_VH, eos_ids, config, states
         self.tables: Tables | None = None
         self.rated: tuple[Sequence[Sample], Tensor] = ((), torch.zeros(0, 0))
-        self.surprises: Mapping[Key, float] = {}
         """The judged replies of the last fit, and what the base makes of them, [N, S]."""
+        self.surprises: Mapping[Key, float] = {}
+        """Of each reply with thumbs, by how much they were better than was foretold (learner/evaluation.py)."""
         self.slope, self.offset = 1.0, 0.0
         self.shift, self.scale = 0.0, 1.0
 

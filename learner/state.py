@@ -46,6 +46,8 @@ class Sample:
     version: int
     words: Words | None = None
     """Of a reply that another base gave: its token ids are that base's until it is prepared (learner/prepare.py)."""
+    live: bool = True
+    """A version of ours said it (Exchange.live): who read it could have sent a signal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Judgement:
     ranked: tuple[Sample, ...] = ()
     """All replies of a ranking, from best to worst."""
     weight: float = 1.0
-    """How much it counts beside others of its kind."""
+    """How much it counts beside others of its kind: by its aspect, and a correction by how much it changed, once prepared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,10 @@ class StoryLine:
 # of the feedback in table f: it counts now, and the reward model of this policy learns from it
 LEARNED_FROM = "f.status = 'joined' AND f.untrained IS NULL AND f.policy = :policy"
 # of those: what starts an update when enough of it is new
-STARTS = "f.kind IN ('thumb', 'rating', 'preference') AND f.learned_in IS NULL"
+STARTS = (
+    "f.kind IN ('thumb', 'rating', 'preference') AND f.learned_in IS NULL"
+    " AND f.aspect NOT IN (SELECT value FROM json_each(:weightless))"
+)
 
 
 # of the exchange in table e: a version of ours said it (Exchange.live)
@@ -100,10 +105,13 @@ LIVE = (
 class State:
     """The joined material of one policy, for the base that learns from it now. Not for several threads at once."""
 
-    def __init__(self, path: Path, *, policy: str, base: str, keep: Keep = EVERYTHING) -> None:
-        """Open or make the state file. `base` is the fingerprint of the base model. Raises StateError."""
+    def __init__(
+        self, path: Path, *, policy: str, base: str, keep: Keep = EVERYTHING, weightless: Sequence[str] = ()
+    ) -> None:
+        """Open or make the state file. `base` is the fingerprint of the base model; what is said of `weightless` aspects
+        starts no update. Raises StateError."""
         self.db = open_state(path)
-        self.line = {"policy": policy, "base": base}
+        self.line = {"policy": policy, "base": base, "weightless": json.dumps(weightless)}
         self.kept = keep
         self._take_parked()
         self._join_what_is_whole()
@@ -289,8 +297,8 @@ class State:
             kind,
             user,
             1.0 if value is None else value,
-            _sample(*pair[:5]),
-            None if pair[5] is None else _sample(*pair[5:]),
+            _sample(*pair[:6]),
+            None if pair[6] is None else _sample(*pair[6:]),
             at,
             aspect,
             signal=said.get("signal"),
@@ -347,16 +355,16 @@ def _sample_of(exchange: str) -> str:
     """The columns that `_sample` takes of the exchange in this table."""
     columns = ", ".join(f"{exchange}.{name}" for name in ("reply_id", "prompt_ids", "reply_ids", "version"))
     said = f"json_extract({exchange}.event, '$.content.messages', '$.content.reply', '$.finish_reason')"
-    return f"{columns}, iif({exchange}.base = :base, NULL, {said})"
+    return f"{columns}, {LIVE.replace('e.', f'{exchange}.')}, iif({exchange}.base = :base, NULL, {said})"
 
 
-def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int, said: str | None) -> Sample:
+def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int, live: int, said: str | None) -> Sample:
     """`said`: messages, reply and why it ended, where another base replied."""
     ids = tuple(json.loads(prompt_ids)), tuple(json.loads(reply_ids))
     if said is None:
-        return Sample(reply_id, *ids, version)
+        return Sample(reply_id, *ids, version, None, bool(live))
     messages, text, reason = json.loads(said)
-    return Sample(reply_id, *ids, version, _words(messages, text, ended=reason == "stop"))
+    return Sample(reply_id, *ids, version, _words(messages, text, ended=reason == "stop"), bool(live))
 
 
 def _words(messages: Sequence[Any], text: str | None, *, ended: bool = True) -> Words:

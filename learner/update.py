@@ -63,6 +63,8 @@ class Candidate:
     report: dict[str, Any]
     gate: GateReport
     exhibits: Exhibits = field(default_factory=Exhibits)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Id of feedback that was not used → why (learner/prepare.py)."""
 
 
 class Trainer:
@@ -82,7 +84,7 @@ class Trainer:
         self.reward = RewardModel(
             model.get_input_embeddings().get_parameter("weight").float().cpu(),
             self.chat.eos_ids,
-            RewardConfig(aspects=config.aspects),
+            RewardConfig(),
             self.states,
         )
         reach = getattr(model.config, "max_position_embeddings", None) or ROLLOUT_CONTEXT
@@ -217,17 +219,13 @@ class Round:
 
     def prepare(self, judgements: Sequence[Judgement]) -> list[Judgement]:
         """What there is to learn from once what says nothing, or says it twice, is left out."""
-        aspects = self.config.aspects
-        prepared = prepare(
-            judgements,
-            self.encode,
-            [aspect for aspect, weight in aspects.items() if weight == 0],
-        )
+        prepared = prepare(judgements, self.encode, self.config.aspects)
         self.report["feedback"] = {
             "given": len(judgements),
             "of_other_bases": sum(any(one.words for one in replies(judgement)) for judgement in prepared.judgements),
-            "dropped": dict(prepared.dropped),
+            "dropped": prepared.dropped,
         }
+        self.left_out = prepared.left_out
         return prepared.judgements
 
     def encode(self, words: Words) -> tuple[Prompt, tuple[int, ...]]:
@@ -370,7 +368,8 @@ class Round:
         return gate.no_worse(gain, float(gain_B.std()) / math.sqrt(len(gain_B)))
 
     def candidate(self, checks: Sequence[gate.Check]) -> Candidate:
-        return Candidate(self.model.adapter(POLICY).weights(), self.report, GateReport.of(checks), self.exhibits)
+        weights, verdict = self.model.adapter(POLICY).weights(), GateReport.of(checks)
+        return Candidate(weights, self.report, verdict, self.exhibits, self.left_out)
 
     def spend(self, phase: str) -> None:
         """Add the time since the last call to a phase."""

@@ -82,6 +82,8 @@ def test_kto_by_hand() -> None:
     assert torch.autograd.grad(loss, pasted_B, allow_unused=True)[0] is None
     low = kto_loss(ratio_B, torch.tensor([True, True]), pasted_B - 5, ONES, beta=1.0)
     assert low.item() == pytest.approx(1 - sigma)  # a KL is never below 0
+    none = kto_loss(ratio_B, torch.tensor([True, True]), pasted_B[:0], ONES, beta=1.0)
+    assert none.item() == pytest.approx(1 - sigma)
 
 
 def test_sft_by_hand() -> None:
@@ -93,9 +95,18 @@ def test_sft_by_hand() -> None:
 
 def test_kto_pastes_each_reply_to_another_prompt() -> None:
     examples = EXAMPLES["kto"](FEEDBACK)[:3]
-    assert [(row.prompt_ids, row.reply_ids) for row in rows_of("kto", examples)[3:]] == [
+    assert [(row.prompt_ids, row.reply_ids) for row in rows_of("kto", examples, 100)[3:]] == [
         ((1,), (11,)), ((1,), (12,)), ((1,), (10,)),
     ]  # fmt: skip
+
+
+def test_what_would_be_too_long_for_the_model_is_not_pasted() -> None:
+    said = [(Sample("r", (1,) * prompt, (10,) * reply, 0)) for prompt, reply in ((7, 1), (1, 7), (4, 4))]
+    examples = EXAMPLES["kto"]([judgement("thumb", 1, one) for one in said])
+    rows = rows_of("kto", examples, 8)
+    assert rows[:3] == said
+    assert [(len(row.prompt_ids), len(row.reply_ids)) for row in rows[3:]] == [(1, 4), (4, 1)]
+    assert rows_of("kto", examples[:1], 7) == said[:1]
 
 
 def direct(name: str, n: int = 40, **changes: float) -> Direct:
@@ -119,7 +130,7 @@ def test_4_the_gradient_is_the_losss_own_for_any_micro_batches(name: str, micro_
     examples, given = found.examples[:7], []
     found.steps.step = lambda parts, **_: given.extend(map(sum, zip(*parts, strict=True)))  # type: ignore[method-assign]
     found.feedback_step(examples)
-    batch = Batch.of(rows_of(name, examples))
+    batch = Batch.of(rows_of(name, examples, found.collector.sampler.engine.max_len))
     ratio_B = (found.model.logprobs(batch, POLICY) - found.model.logprobs(batch, None)).sum(1)
     expected = torch.autograd.grad(loss_of(name, ratio_B, examples), found.steps.parameters)
     largest = max(float(one.abs().max()) for one in expected)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from deploy.why import LEFT_OUT
 from learner.ledger import Learned, Ledger
+from learner.prepare import Prepared
 from learner.state import State
 from tests.commands import Heed
 from tests.told import NOW, exchange, feedback, records, retraction
@@ -31,10 +35,11 @@ def why(heed: Heed, one: str, **variables: str) -> dict[str, Any]:
     return told
 
 
-def learn(state: State) -> None:
-    """An update over all that is fresh, released as v1 and served."""
+def learn(state: State, **left_out: str) -> None:
+    """An update over all that is fresh, but for what is left out; released as v1 and served."""
     ledger = Ledger(state)
     update = ledger.begin(current=0, above=0, now=NOW + 20)
+    ledger.used(update, {one.feedback_id: left_out.get(one.feedback_id) for one in state.judgements()})
     learned = Learned({}, {}, {"in_reward_model": NOW + 25, "in_update": NOW + 30})
     ledger.released(ledger.published(update, 1, learned), NOW + 39)
     state.note_served({1: NOW + 40})
@@ -121,6 +126,16 @@ def test_feedback_on_a_reply_of_another_base_counts_and_waits_for_this_ones_firs
         page = heed("feedback", "why", "f").out
         assert "in_version update 1 v1" in page
         assert "not yet with this base model: the next update will" in page
+
+
+def test_what_an_update_left_out_says_why(state: State, heed: Heed):
+    state.absorb(records(exchange("r"), feedback("f", "r"), feedback("g", "r", user="bob")), NOW)
+    learn(state, f="duplicate")
+    [told] = why(heed, "f")["feedback"]
+    assert (told["status"], told["counts"], told["update"]) == ("joined", False, None)
+    assert told["why_not"] == "the last update left it out: the same person had said the same of the same reply"
+    assert why(heed, "g")["feedback"][0]["status"] == "served"
+    assert set(LEFT_OUT) == set(re.findall(r"`(\w+)`:", inspect.getsource(Prepared)))
 
 
 def test_feedback_that_waits_too_long_says_for_what(state: State, heed: Heed):

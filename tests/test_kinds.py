@@ -42,7 +42,7 @@ def of_kind(kind: str) -> list[Judgement]:
         elif kind == "correction":
             made.append(judgement(n, kind, 1.0, good, user, bad))
         else:
-            made.append(replace(judgement(n, "signal", 1.0, good, user), signal=kind))
+            made.append(replace(judgement(n, "signal", 1.0, good, user), feedback_id=f"s{n}", signal=kind))
             made.append(judgement(n, "rating", 3.0, bad, user))  # the plain one was seen as well
     return prepare(made, _not_asked).judgements if kind not in ("ranking", "correction") else made
 
@@ -91,8 +91,8 @@ def test_an_aspect_counts_by_its_weight() -> None:
         for n, one in enumerate(thumbs(100, noise=0.0))
     ]
     said = [*thumbs(100, noise=0.0), *against]
-    assert gap(said, aspects={"brief": 0.1}) > 1.0
-    assert gap(said, aspects={"brief": 10.0}) < -1.0
+    assert gap(prepare(said, _not_asked, {"brief": 0.1}).judgements) > 1.0
+    assert gap(prepare(said, _not_asked, {"brief": 10.0}).judgements) < -1.0
 
 
 # From the log into the reward model

@@ -72,6 +72,7 @@ class Candidate:
     report: dict[str, object]
     gate: Gate
     exhibits: Exhibits = field(default_factory=Exhibits)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,6 +81,7 @@ class ReadyMade:
 
     base: Base = field(default_factory=lambda: Base(BASE, TARGETS))
     passes: bool = True
+    left_out: Mapping[str, str] = field(default_factory=dict)
     during: Callable[[], None] = lambda: None
     calls: list[dict[str, Any]] = field(default_factory=list)
     restored: dict[str, Any] | None = None
@@ -110,7 +112,7 @@ class ReadyMade:
             Check("reward_model", verdict, 0.47, 0.5, "reward model knows too little: AUROC lower bound 0.47 ≤ 0.50.")
         ]
         report: dict[str, object] = {"reward": {"auroc": 0.6, "nll": float("nan")}, "seconds": {"ppo": 1.5}}
-        return Candidate(AdapterWeights(2, 1.0, tensors), report, Gate(self.passes, checks))
+        return Candidate(AdapterWeights(2, 1.0, tensors), report, Gate(self.passes, checks), left_out=self.left_out)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {"value": torch.ones(2) * len(self.calls)}, {"beta": 0.05}
@@ -150,7 +152,11 @@ class World:
         self.board = LearnersBoard(self.new_board("learner"))
         keep = Keep.of(self.config.state_keep_days, self.config.state_keep_mb)
         self.state = State(
-            self.config.folder / "state.db", policy="default", base=self.trainer.base.fingerprint, keep=keep
+            self.config.folder / "state.db",
+            policy="default",
+            base=self.trainer.base.fingerprint,
+            keep=keep,
+            weightless=self.config.weightless,
         )
         self.open = [self.log, self.board, self.state]
         self.learner = Learner(
@@ -346,6 +352,64 @@ def test_the_next_update_begins_from_what_is_served_and_learns_from_everything(w
     assert world.store.manifest(2).parent == 1
     assert [step.version for step in world.story("f1") if step.status == "in_version"] == [1]
     assert [step.version for step in world.story("f8") if step.status == "in_version"] == [2]
+
+
+def test_only_of_feedback_that_was_used_a_story_says_so(world: World, monkeypatch: pytest.MonkeyPatch):
+    world.trainer.left_out = {"f2": "duplicate"}
+    world.trainer.passes = False
+    world.thumbs(4)
+    world.run()
+    assert world.steps("f1") == ["joined", "in_reward_model", "in_update"]
+    assert world.steps("f2") == ["joined"]
+    world.trainer.left_out = {"f4": "contradictory"}
+    world.trainer.passes = True
+    monkeypatch.setattr(loop, "JUDGEMENTS", 6)  # which leaves no room for f1 and f2 any more
+    world.thumbs(4, version=1)
+    world.run()
+    assert world.store.release().current == 1
+    assert {f"f{n}": world.steps(f"f{n}")[1:] for n in range(1, 6)} == {
+        "f1": ["in_reward_model", "in_update"],
+        "f2": [],
+        "f3": ["in_reward_model", "in_update", "in_version"],
+        "f4": ["in_reward_model", "in_update"],
+        "f5": ["in_reward_model", "in_update", "in_version"],
+    }
+    world.trainer.left_out = {}
+    monkeypatch.undo()
+    world.thumbs(4, version=1)
+    world.run()
+    assert [step.update for step in world.story("f2")[1:]] == [3, 3, 3]
+
+
+def test_a_kill_between_store_and_ledger_makes_no_story_of_what_was_left_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*_: object) -> None:
+        raise Killed
+
+    world.trainer.left_out = {"f2": "duplicate"}
+    world.thumbs(4)
+    with monkeypatch.context() as here:
+        here.setattr(Ledger, "published", killed)
+        with pytest.raises(Killed):
+            world.run()
+    world.new_learner()
+    world.run()
+    assert len(world.trainer.calls) == 1
+    assert "in_version" in world.steps("f1")
+    assert world.steps("f2") == ["joined"]
+
+
+def test_thumbs_on_an_aspect_that_weighs_nothing_start_no_update(make: Callable[..., World]):
+    world = make(aspect_weights=("tone=0", "safe=2"))
+    world.tell(exchange("r"), *(feedback(f"t{n}", "r", user=f"u{n}", aspect="tone") for n in range(4)))
+    world.thumbs(3)
+    world.run()
+    assert world.trainer.calls == []
+    assert world.report()["why"] == "3 of the 4 new judgements that start an update"
+    world.tell(feedback("s", "r", aspect="safe"))
+    world.run()
+    assert len(world.trainer.calls) == 1
 
 
 def test_after_the_interval_fewer_are_enough_but_never_none(make: Callable[..., World]):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from feedback.events import Message
-from learner.prepare import NOBODYS, Prepared, Unusable, claims, edit_distance, prepare
+from learner.direct import liked
+from learner.prepare import NOBODYS, Unusable, claims, edit_distance, prepare
 from learner.state import Judgement, Sample, Words
 
 GOOD, BAD, OTHER = (Sample(name, (1, 2), ids, 0) for name, ids in (("r", (5, 6, 2)), ("q", (7, 2)), ("p", (8, 9, 2))))
@@ -40,8 +41,20 @@ def encode(words: Words) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (1, 2), (*map(int, words.text.split()), *([2] if words.ended else []))
 
 
-def prepared(*judgements: Judgement, unweighted: tuple[str, ...] = ()) -> Prepared:
-    return prepare(judgements, encode, unweighted)
+@dataclass(frozen=True)
+class Found:
+    """What is left, and how many were left out for which reason."""
+
+    judgements: list[Judgement]
+    dropped: dict[str, int]
+
+
+def prepared(*judgements: Judgement, **aspects: float) -> Found:
+    """Of these judgements, each of which is another piece of feedback."""
+    found = prepare(
+        [replace(one, feedback_id=f"f{n}", at=float(n)) for n, one in enumerate(judgements)], encode, aspects
+    )
+    return Found([replace(one, feedback_id=one.feedback_id and "f", at=1.0) for one in found.judgements], found.dropped)
 
 
 # Each reason to leave a judgement out
@@ -49,7 +62,7 @@ def prepared(*judgements: Judgement, unweighted: tuple[str, ...] = ()) -> Prepar
 
 def test_what_says_nothing_is_dropped_as_empty() -> None:
     found = prepared(said("correction", text=" \n"), said("signal"), said("thumb"))
-    assert found == Prepared([said("thumb")], {"empty": 2})
+    assert found == Found([said("thumb")], {"empty": 2})
 
 
 def test_a_comparison_of_a_reply_with_itself_is_dropped_as_the_same() -> None:
@@ -59,16 +72,23 @@ def test_a_comparison_of_a_reply_with_itself_is_dropped_as_the_same() -> None:
         said("correction", text="5 6"),
         said("preference", other=BAD),
     )
-    assert found == Prepared([said("preference", other=BAD)], {"same": 3})
+    assert found == Found([said("preference", other=BAD)], {"same": 3})
 
 
 def test_a_correction_that_the_model_cannot_take_is_dropped_as_unusable() -> None:
-    assert prepared(said("correction", text="foo"), said("thumb")) == Prepared([said("thumb")], {"unusable": 1})
+    assert prepared(said("correction", text="foo"), said("thumb")) == Found([said("thumb")], {"unusable": 1})
 
 
 def test_an_aspect_that_weighs_nothing_is_dropped() -> None:
-    found = prepared(said("thumb", aspect="tone"), said("thumb", aspect="safe"), unweighted=("tone",))
-    assert found == Prepared([said("thumb", aspect="safe")], {"aspect": 1})
+    found = prepared(said("thumb", aspect="tone"), said("thumb", aspect="safe"), tone=0)
+    assert found == Found([said("thumb", aspect="safe")], {"aspect": 1})
+
+
+def test_an_aspect_weighs_what_it_was_given_whatever_learns_from_it() -> None:
+    safe, whole = said("thumb", aspect="safe"), said("thumb", reply=BAD, user="bob")
+    found = prepared(safe, whole, said("correction", text="5"), safe=2.5, overall=0.5).judgements
+    assert [one.weight for one in found] == [2.5, 0.5, 0.5 / 8]
+    assert [one.weight for one in liked(found[:2])] == [2.5, 0.5]  # as KTO, DPO and SFT take it
 
 
 @pytest.mark.parametrize(
@@ -112,7 +132,7 @@ def test_of_another_reply_aspect_or_signal_nothing_is_a_duplicate() -> None:
 def test_what_a_person_said_and_denied_is_dropped_as_contradictory(opposite: tuple[Judgement, Judgement]) -> None:
     one, denial = opposite
     found = prepared(one, denial, said("thumb", reply=OTHER))
-    assert found == Prepared([said("thumb", reply=OTHER)], {"contradictory": 2})
+    assert found == Found([said("thumb", reply=OTHER)], {"contradictory": 2})
     assert prepared(one, replace(denial, user="bob")).dropped == {}
     assert prepared(replace(one, user=None), replace(denial, user=None)).dropped == {}
 
@@ -120,6 +140,29 @@ def test_what_a_person_said_and_denied_is_dropped_as_contradictory(opposite: tup
 def test_of_another_aspect_or_in_between_nothing_is_contradictory() -> None:
     assert prepared(said("thumb", 1), said("thumb", 0, aspect="safe"), said("rating", 3)).dropped == {}
     assert list(claims(said("rating", 3))) == list(claims(said("signal", signal="copied"))) == []
+
+
+def test_of_more_replies_than_a_fit_takes_the_newest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.prepare.REPLIES", 3)
+    fourth = replace(OTHER, reply_ids=(9, 2))
+    long = said("ranking", other=BAD, ranked=(GOOD, BAD, OTHER, fourth))
+    old, newest = said("thumb", user="bob"), said("thumb", reply=OTHER)
+    found = prepared(old, said("preference", reply=BAD, other=fourth), newest, long, said("signal", signal="copied"))
+    assert found.dropped == {"surplus": 3}  # the ranking has too many by itself, the first thumb is the oldest
+    assert [one.kind for one in found.judgements] == ["preference", "thumb"]
+
+
+def test_signals_do_not_crowd_out_the_replies_that_people_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.prepare.REPLIES", 1)
+    found = prepared(said("thumb"), said("signal", reply=BAD, signal="copied"), said("signal", signal="copied"))
+    assert found == Found([said("thumb"), said("signal", signal="copied")], {"surplus": 1})
+
+
+def test_what_is_left_out_is_told_by_its_id() -> None:
+    named = [said("thumb"), said("thumb", reply=AGAIN), said("signal"), said("rating", 5, user="bob")]
+    found = prepare([replace(one, feedback_id=f"f{n}") for n, one in enumerate(named)], encode)
+    assert found.left_out == {"f1": "duplicate", "f2": "empty"}
+    assert [one.feedback_id for one in found.judgements] == ["f0", "f3"]
 
 
 # Corrections
@@ -182,7 +225,7 @@ def test_what_another_base_replied_and_this_one_cannot_take_is_dropped_as_unusab
         said("signal", reply=bad, signal="copied"),
         said("thumb"),
     )
-    assert found == Prepared([said("thumb")], {"unusable": 5})
+    assert found == Found([said("thumb")], {"unusable": 5})
 
 
 def test_the_same_words_are_the_same_reply_whichever_base_said_them() -> None:
@@ -204,6 +247,16 @@ def test_replies_that_got_no_signal_stand_against_those_that_did() -> None:
         (OTHER, 0.0, None, 0.5),
     ]
     assert first.feedback_id == NOBODYS
+
+
+def test_replies_that_were_imported_say_nothing_by_their_silence() -> None:
+    imported = replace(BAD, live=False)
+    thumbs = [said("thumb", reply=one, user="bob") for one in (imported, OTHER)]
+    pair = said("preference", reply=replace(AGAIN, live=False), other=imported)
+    *_, silent = prepared(*thumbs, pair, said("signal", reply=AGAIN, signal="copied")).judgements
+    assert (silent.reply, silent.value, silent.weight) == (OTHER, 0.0, 1.0)
+    [_, _, came] = prepared(*thumbs[:1], pair, said("signal", reply=AGAIN, signal="copied")).judgements
+    assert came.value == 1.0
 
 
 def test_a_signal_of_value_0_did_not_come() -> None:

@@ -226,6 +226,25 @@ def test_replies_of_another_base_are_judged_in_words(state: State):
     assert liked(state) == {}
 
 
+def test_what_was_said_elsewhere_is_known_as_such_wherever_it_stands(state: State):
+    state.absorb(
+        records(
+            exchange("r"),
+            exchange("i", source="imported"),
+            feedback("thumb", "r"),
+            feedback("imported", "i", at=NOW + 1),
+            feedback("preference", "r", "i", kind="preference", at=NOW + 2),
+            feedback("ranking", "i", "r", kind="ranking", at=NOW + 3),
+        ),
+        NOW,
+    )
+    thumb, imported, preference, ranking = state.judgements()
+    assert (thumb.reply.live, imported.reply.live) == (True, False)
+    assert preference.other is not None
+    assert (preference.reply.live, preference.other.live) == (True, False)
+    assert [one.live for one in ranking.ranked] == [False, True]
+
+
 def test_signals_do_not_crowd_out_what_people_said(state: State):
     clicks = (feedback(f"s{n}", "r", kind="signal", signal="clicked", value=None, at=NOW + 9 + n) for n in range(5))
     state.absorb(records(exchange("r"), feedback("old", "r", at=NOW), *clicks), NOW)
@@ -452,7 +471,7 @@ def test_a_state_of_a_newer_heed_is_refused(tmp_path: Path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 7")
     db.close()
-    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 4.*heed learn --rebuild"):
+    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 5.*heed learn --rebuild"):
         open_state(path)
 
 

@@ -215,6 +215,7 @@ def test_what_an_older_heed_did_not_learn_from_is_learned_from(tmp_path: Path):
             state.absorb(records(*events), NOW)
             if name == "old":  # as schema 2 had it
                 state.db.execute("UPDATE feedback SET untrained = iif(aspect = 'safe', 'aspect', 'kind')")
+                state.db.execute("ALTER TABLE feedback DROP COLUMN left_out")
                 state.db.executescript("DROP TABLE learned_by; PRAGMA user_version = 2")
     for name in ("old", "new"):
         with closing(State(tmp_path / f"{name}.db", policy=POLICY, base=BASE)) as state:

@@ -49,6 +49,13 @@ def test_preferences_are_between_two_replies_to_one_prompt(trainer: Trainer) -> 
         assert not taste("emoji")("", trainer.chat.decode(one.other.reply_ids))
 
 
+def test_people_who_prefer_nothing_are_not_waited_for(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.trial.MOST_TURNS", 3)
+    silent = crowd("emoji", 3, sparsity=1.0)
+    with pytest.raises(ValueError, match="of 6 pairs only 0 differ in what these people want"):
+        feedback(trainer, ["Hello!", "Tell me a joke."], silent, 2, 0, "preference")
+
+
 def test_quality_counts_what_it_says() -> None:
     found = quality([("What is 2 plus 2?", "Hi!"), ("What is 2 plus 2?", "2 plus 2 is 4.")], taste("exclaiming"))
     assert (found["satisfied"], found["facts"], found["both"]) == (0.5, 0.5, 0.0)

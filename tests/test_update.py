@@ -20,7 +20,7 @@ from learner.exhibits import looked_at
 from learner.improve import Improver, PolicyReport, blend
 from learner.model import LearnerModel, Tokens
 from learner.recipe import PPOConfig, learning_rate, ppo_config
-from learner.rollouts import Rollout, Sampler, shuffled
+from learner.rollouts import Prompt, Rollout, Sampler, shuffled
 from learner.state import Judgement, Sample
 from learner.steps import POLICY
 from learner.update import Candidate, Trainer, difference, shrunk
@@ -246,6 +246,22 @@ def test_a_policy_that_is_not_worth_its_kl_is_given_up() -> None:
     assert report.stopped == "2 batches brought no reward worth its KL"
     assert len(report.batches) < 10
     assert report.batches[-1]["kl"] > report.batches[report.kept]["kl"]
+
+
+def test_the_policy_that_was_chosen_is_left_in_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, asked = improver(), list[AdapterWeights]()
+    sample = found.sampler.sample
+
+    def sampled(prompts: Sequence[Prompt], weights: AdapterWeights, *rest: Any, **named: Any) -> list[Rollout]:
+        asked.append(weights)
+        return sample(prompts, weights, *rest, **named)
+
+    monkeypatch.setattr(found.sampler, "sample", sampled)
+    monkeypatch.setattr(found, "choose", lambda _: 1)
+    report = found.run(PROMPTS, lambda *_: None)
+    assert len(asked) == len(report.batches) == 5
+    assert bytes_of(found.policy.weights()) == bytes_of(asked[1])
+    assert len({bytes_of(weights) for weights in asked}) == 5
 
 
 def test_prompts_come_in_rounds() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from learner.ledger import Update
 from learner.phases import Phases
 from learner.tensorboard import TensorBoard
 from learner.watching import SHOWN, Lines, LiveTable, picture
+from tests.disk import Disk, NoDisk
 
 BATCH = {"score": 0.5, "kl": 1.25, "explained_variance": 0.1, "clipped": 0.031, "rollouts_s": 1.0, "steps_s": 2.5}
 LAST = {name: BATCH[name] for name in ("score", "kl", "explained_variance", "rollouts_s")}
@@ -128,24 +131,34 @@ def test_a_log_that_goes_into_a_file_stays_there(handler: Callable[..., Any]) ->
 # TensorBoard
 
 
+def tensorboard(folder: Path) -> TensorBoard:
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install 'heed[test]'")
+    return TensorBoard(folder)
+
+
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
     """Name and step → value, of the event files of a run: length, checksum, event, checksum, again and again."""
     from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
 
-    found = {}
+    found: dict[tuple[str, int], float] = {}
     for path in folder.iterdir():
         content = path.read_bytes()
         while content:
             (length,) = struct.unpack("<Q", content[:8])
-            event = Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
+            if len(content) < 16 + length:  # torn: TensorBoard waits for the rest
+                break
+            whole, content = content[: 16 + length], content[16 + length :]
+            event = Event.FromString(whole[12:-4])
+            assert struct.unpack("<I", whole[8:12]) == (masked_crc32c(whole[:8]),)
+            assert struct.unpack("<I", whole[-4:]) == (masked_crc32c(whole[12:-4]),)
+            assert all((value.tag, event.step) not in found for value in event.summary.value), "drawn twice"
             found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
     return found
 
 
 def test_event_files_hold_each_batch_and_each_update(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install 'heed[test]'")
-    board, going = TensorBoard(tmp_path / "runs"), phases(BATCH)
+    board, going = tensorboard(tmp_path / "runs"), phases(BATCH)
     board.batch(going)
     going.batches.append({"kl": 1.5})
     board.batch(going)
@@ -158,6 +171,61 @@ def test_event_files_hold_each_batch_and_each_update(tmp_path: Path) -> None:
     assert batches["batch/kl", 2] == 1.5
     assert ("batch/score", 2) not in batches
     assert scalars(tmp_path / "runs" / "updates") == {("update/reward_auroc", 3): 0.75, ("seconds/ppo", 3): 9.0}
+
+
+def test_an_update_that_is_run_again_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed, again = tensorboard(tmp_path), tensorboard(tmp_path)
+    before = phases(BATCH)
+    before.number = 2
+    killed.batch(before)
+    killed.batch(phases(BATCH))
+    killed.over()
+    monkeypatch.setattr(Clock, "now", Clock.now + 10)
+    going = phases()
+    again.entered(going)
+    going.batches.append({"kl": 1.5})
+    again.batch(going)
+    again.entered(going)
+    assert scalars(tmp_path / "update-000003") == {("batch/kl", 1): 1.5}
+    again.over()
+    assert scalars(tmp_path / "update-000002")["batch/kl", 1] == 1.25
+
+
+def test_a_full_disk_costs_a_warning_and_the_rest_of_the_updates_curves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    try:
+        disk = Disk(tmp_path / "disk", megabytes=1)
+    except NoDisk as why:
+        pytest.skip(str(why))
+    with contextlib.closing(disk):
+        board, going = tensorboard(disk.folder / "runs"), phases(BATCH)
+        board.batch(going)
+        disk.fill()
+        for _ in range(400):  # more than a page of the file has room for, and than any queue holds
+            going.batches.append(BATCH)
+            board.batch(going)
+        assert 0 < len(scalars(disk.folder / "runs" / "update-000003")) < 400 * len(BATCH)
+        board.learned(Update(3, "refused", 0.0, None, 0, {}, 50, None, None, {"reward": {"auroc": 0.75}}, None))
+        [warning] = caplog.messages
+        assert warning.startswith("update 3: nothing more of it is written for TensorBoard: [Errno 28]")
+        disk.make_room()
+        following = phases(BATCH)
+        following.number = 4
+        board.entered(following)
+        board.batch(following)
+        assert scalars(disk.folder / "runs" / "update-000004")["batch/kl", 1] == 1.25
+
+
+def test_a_folder_that_is_removed_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    board, going = tensorboard(tmp_path / "runs"), phases(BATCH)
+    board.batch(going)
+    shutil.rmtree(tmp_path / "runs")
+    for _ in range(2):
+        going.batches.append(BATCH)
+        board.batch(going)
+    assert len(caplog.messages) == 1
+    assert "No such file" in caplog.text
 
 
 def test_a_missing_library_is_told_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
