@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from learner.update import Candidate, Trainer
 
 JUDGEMENTS = 4096
-"""An update learns from at most so many of the newest judgements: the reward model's time grows with the square of them."""
+"""An update is given at most so many of the newest judgements. How many replies they may be about, with which the reward
+model's time grows, learner/prepare.py says."""
 PROMPTS = 4096
 """Rollouts are made from at most so many of the newest distinct prompts."""
 POLL_S = 0.25

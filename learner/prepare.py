@@ -25,7 +25,8 @@ NOBODYS = ""
 LIKED, DISLIKED = 4, 2
 """Stars from which on, and up to which, a rating says yes or no."""
 REPLIES = 4096
-"""Distinct replies that an update learns from, at most: what a fit takes grows with the square of them, and beyond."""
+"""Distinct replies that an update learns from, at most: a fit takes two minutes of a core for so many, and four times as long
+for twice as many (benchmarks/LOG.md)."""
 
 Claim = tuple[Hashable, int]
 """Something that can be said or denied of a reply or of two, and which of the two was done (1 or −1)."""
