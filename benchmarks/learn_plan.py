@@ -43,7 +43,7 @@ class Learner:
 LEARNERS = {
     learner.name: learner
     for learner in (
-        Learner("heed", None, 2e-3, (5e-4, 1e-3, 2e-3), seeds=3),
+        Learner("heed", None, 1e-3, (5e-4, 1e-3, 2e-3), seeds=3),
         Learner("trl-ppo", "trl==1.12.0", 2e-3, (5e-4, 1e-3, 2e-3), seeds=3),
         Learner("rloo", "trl==1.16.*", 2e-3, (5e-4, 1e-3, 2e-3), seeds=1),
         Learner("kto", "trl==1.16.*", 2e-3, (5e-4, 1e-3, 2e-3), seeds=1),
@@ -69,12 +69,13 @@ class Run:
 
 
 def plan() -> Iterator[Run]:
-    """All runs, those that tell most first: 300 thumbs, a tenth wrong, then the other noise and kind, then the other counts."""
-    for kind, count, noise in (
+    """All runs, a seed at a time; 300 thumbs, a tenth wrong, then the other noise and kind, then the other counts."""
+    cells = (
         *(("thumb", 300, 0.1), ("thumb", 300, 0.25), ("preference", 300, 0.1)),
         *(("thumb", 150, 0.1), ("thumb", 100, 0.1), ("thumb", 1000, 0.1)),
-    ):
-        for seed in range(max(learner.seeds for learner in LEARNERS.values())):
+    )
+    for seed in range(max(learner.seeds for learner in LEARNERS.values())):
+        for kind, count, noise in cells:
             for learner in LEARNERS.values():
                 if seed < learner.seeds and (count != 150 or learner.package is None):
                     yield from (Run(learner.name, Cell(name, kind, count, noise, seed), learner.lr) for name in TASTES)

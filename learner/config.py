@@ -87,14 +87,14 @@ class LearnerConfig(Settings):
         description="temperature of the rollouts and of the policy that they teach; the gate judges at 1",
     )
     rollouts: int = Field(128, ge=2, le=65_536, description="fresh replies of one PPO batch")
-    minibatch: int = Field(32, ge=1, le=65_536, description="replies of one optimiser step")
+    minibatch: int = Field(16, ge=1, le=65_536, description="replies of one optimiser step")
     live_share: float = Field(
         0.0,
         ge=0,
         le=0.25,
         description="share of a batch that may be replies which people were served, at most 4 versions ago; 0: fresh ones alone",
     )
-    ppo_epochs: int = Field(2, ge=1, le=16, description="passes of PPO over a batch; other objectives make one")
+    ppo_epochs: int = Field(1, ge=1, le=16, description="passes of PPO over a batch; other objectives make one")
     update_batches: int = Field(16, ge=1, le=10_000, description="most PPO batches of one update")
     rollout_tokens: int = Field(128, ge=1, le=65_536, description="most tokens of a fresh reply")
     gate_samples: int = Field(256, ge=2, le=65_536, description="fresh replies that the gate judges a candidate by")

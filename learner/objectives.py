@@ -50,7 +50,7 @@ class Objective(Protocol):
 class PPO:
     """A critic, GAE, and a clipped surrogate, so that a batch may be used more than once."""
 
-    epochs: int = 2
+    epochs: int = 1
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2

@@ -17,9 +17,9 @@ class PPOConfig:
     """One of `objective_of`, or of learner/direct.py."""
     rollouts: int = 128
     """Fresh replies of a batch."""
-    minibatch: int = 32
+    minibatch: int = 16
     """Replies of an optimiser step."""
-    epochs: int = 2
+    epochs: int = 1
     """Passes of PPO over a batch; other objectives make one."""
     samples: int = 4
     """Replies to each prompt of RLOO's batch."""

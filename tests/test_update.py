@@ -37,6 +37,7 @@ NICE = 84
 SMALL = PPOConfig(
     rollouts=32,
     minibatch=16,
+    epochs=2,
     batches=4,
     lr=1e-2,
     warmup_steps=1,
