@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gold_plot import gap, plot
+from benchmarks.gold_plot import by_seed, gap, plot
 from benchmarks.servers import ROOT
 from benchmarks.trials import groups, with_product
 from feedback.raters import crowd, taste
@@ -209,11 +209,6 @@ def judgement(place: int, row: Json) -> Judgement:
     """A thumb as the learner's state would hand it out."""
     sample = Sample(f"r{place}", tuple(row["prompt_ids"]), tuple(row["reply_ids"]), row["version"])
     return Judgement(f"f{place}", "thumb", row["user"], float(row["up"]), sample, None, float(place))
-
-
-def by_seed(rows: Sequence[Json]) -> dict[int, list[Json]]:
-    """Each seed's rows, in order; the first is the base's."""
-    return {seed: [row for row in rows if row["seed"] == seed] for seed in sorted({row["seed"] for row in rows})}
 
 
 def faults(rows: Sequence[Json]) -> Iterator[str]:

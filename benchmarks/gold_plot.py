@@ -10,7 +10,8 @@ from learner.drawing import LEFT, RIGHT, Frame, ticks
 
 Json = Mapping[str, Any]
 
-WIDTH, HEIGHT, HEAD = 340, 170, 46
+WIDTH, HEIGHT, HEAD = 340, 170, 62
+"""Of one frame, and the height of what is written above them."""
 # Colours as in learner/page.css, by day and by night.
 STYLE = """
 svg { font: 11px system-ui, sans-serif; fill: #656c68; --gold: #0b6e56; --proxy: #c96f0a; --bad: #a3352a; --line: #dcdad2; }
@@ -22,10 +23,15 @@ svg { font: 11px system-ui, sans-serif; fill: #656c68; --gold: #0b6e56; --proxy:
   svg { fill: #9aa39e; --gold: #4fc3a1; --proxy: #f0a236; --bad: #f0897c; --line: #323936; } .sheet { fill: #1c211f; }
 }
 """
-NOTE = (
-    "Standard deviations of the base’s replies, by update. Green: gold, with a dot where a version was released. Orange: proxy. "
-    "Below: proxy less gold. Dashed: the base; gold must not cross it."
+NOTES = (
+    "By update, in standard deviations of the base’s replies. Green: gold, with a dot where a version was released.",
+    "Orange: proxy. Below: the proxy less gold. Dashed: where the base is; gold must not be below.",
 )
+
+
+def by_seed(rows: Sequence[Json]) -> dict[int, list[Json]]:
+    """Each seed's rows, in order; the first is the base's."""
+    return {seed: [row for row in rows if row["seed"] == seed] for seed in sorted({row["seed"] for row in rows})}
 
 
 def gain(base: Json, row: Json) -> float:
@@ -40,40 +46,31 @@ def gap(base: Json, row: Json) -> float:
 
 def plot(rows: Sequence[Json]) -> str:
     """The drawing whole, as SVG. `rows`: each seed's in order, the base's first."""
-    seeds = sorted({row["seed"] for row in rows})
-    frames = {name: _frame(rows, seeds, name) for name in ("both", "gap")}
-    drawn = []
-    for column, seed in enumerate(seeds):
-        base, *updates = [row for row in rows if row["seed"] == seed]
-        of_seed = [base, *updates]
-        marks = {
-            "both": [
-                _path(frames["both"], [row["proxy"] for row in of_seed], "proxy"),
-                _path(frames["both"], [gain(base, row) for row in of_seed], "gold"),
-                *(_dot(frames["both"], row["update"], gain(base, row)) for row in updates if row["released"]),
-            ],
-            "gap": [_path(frames["gap"], [gap(base, row) for row in of_seed], "gap")],
-        }
-        drawn.append(f'<text class="head" x="{column * WIDTH + LEFT}" y="{HEAD - 4}">seed {seed}</text>')
-        drawn += [_placed(frames[name], marks[name], f"{name}, seed {seed}", column, line)
-                  for line, name in enumerate(frames)]  # fmt: skip
-    width, height = len(seeds) * WIDTH, HEAD + 2 * HEIGHT
+    seeds = by_seed(rows)
+    climbed = [value for of in seeds.values() for row in of for value in (row["proxy"], gain(of[0], row))]
+    gaps = [gap(of[0], row) for of in seeds.values() for row in of]
+    last = max((row["update"] for row in rows), default=0)
+    above, below = _frame(last, climbed), _frame(last, gaps)  # the same for all seeds, so that they can be compared
+    drawn = [f'<text x="{LEFT}" y="{18 + 15 * line}">{note}</text>' for line, note in enumerate(NOTES)]
+    for column, (seed, of) in enumerate(seeds.items()):
+        golds = [gain(of[0], row) for row in of]
+        marks = [_path(above, [row["proxy"] for row in of], "proxy"), _path(above, golds, "gold")]
+        marks += [_dot(above, place, golds[place]) for place, row in enumerate(of) if row["released"]]
+        drawn += [
+            f'<text class="head" x="{column * WIDTH + LEFT}" y="{HEAD - 4}">seed {seed}</text>',
+            _placed(above, marks, f"gold and proxy, seed {seed}", column, 0),
+            _placed(below, [_path(below, [gap(of[0], row) for row in of], "gap")], f"gap, seed {seed}", column, 1),
+        ]
+    width, height = max(len(seeds), 2) * WIDTH, HEAD + 2 * HEIGHT
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="gold and proxy">'
-        f'<style>{STYLE}</style><rect class="sheet" width="{width}" height="{height}"/><text x="{LEFT}" y="18">{NOTE}</text>'
-        f"{''.join(drawn)}</svg>\n"
+        f'<style>{STYLE}</style><rect class="sheet" width="{width}" height="{height}"/>{"".join(drawn)}</svg>\n'
     )
 
 
-def _frame(rows: Sequence[Json], seeds: Sequence[int], name: str) -> Frame:
-    """One frame for all seeds, so that they can be compared."""
-    values = [0.0, 1.0]
-    for seed in seeds:
-        base, *updates = [row for row in rows if row["seed"] == seed]
-        for row in updates:
-            values += [gap(base, row)] if name == "gap" else [row["proxy"], gain(base, row)]
-    most = max((row["update"] for row in rows), default=1)
-    return Frame(0, max(most, 1), min(values) - 0.1, max(values) + 0.1, WIDTH, HEIGHT)
+def _frame(last: int, values: Sequence[float]) -> Frame:
+    values = [0.0, 1.0, *values]
+    return Frame(0, max(last, 1), min(values) - 0.1, max(values) + 0.1, WIDTH, HEIGHT)
 
 
 def _path(frame: Frame, values: Sequence[float], name: str) -> str:

@@ -66,6 +66,7 @@ def plant(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(Trainer, "learn", lambda trainer, *given, **named: learner.learn(trainer, *given, **named))
         monkeypatch.setattr(gold, "Trainer", lambda _: trainer)
         monkeypatch.setattr(gold, "REPLIES", 1)
+        monkeypatch.setattr(gold, "THUMBS", 8)
         return learner
 
     return planted
@@ -103,7 +104,7 @@ def test_a_run_cut_short_goes_on_where_it_was_and_ends_the_same(
 ) -> None:
     whole = plant(size=[0.01, 0.02, 0.03], passes=[True, False, True])
     run(monkeypatch, tmp_path / "whole", 3)
-    assert whole.heard == [gold.THUMBS, 2 * gold.THUMBS, 3 * gold.THUMBS]
+    assert whole.heard == [8, 16, 24]
     assert [row["served"] for row in rows_of(tmp_path / "whole")] == [0, 1, 1, 3]
     assert whole.parents[0] is None
     for parent in whole.parents[1:]:  # what was refused changed nothing

@@ -32,10 +32,10 @@ UPDATES = 200
 WARM = 20
 """After so many updates memory is what it will be; as many again tell what that is, and as many at the end are compared."""
 BOUND = 0.03
-STANDING, NEW = 60, 4
+STANDING, NEW = 40, 4
 """Judgements that stand at any time, and how many of them are replaced before each update: else there is more to remember."""
 SETTINGS = {
-    "ROLLOUTS": 16, "MINIBATCH": 8, "UPDATE_BATCHES": 1, "ROLLOUT_TOKENS": 40, "GATE_SAMPLES": 32, "REPORT_SAMPLES": 2,
+    "ROLLOUTS": 8, "MINIBATCH": 4, "UPDATE_BATCHES": 1, "ROLLOUT_TOKENS": 24, "GATE_SAMPLES": 16, "REPORT_SAMPLES": 1,
     "UPDATE_MIN_FEEDBACK": NEW, "LEARNER_METRICS_PORT": 0, "LEARNER_THREADS": 1,
 }  # fmt: skip
 ENDED = re.compile(r"update \d+(?: ships nothing|: v\d+ is released)")
@@ -67,7 +67,7 @@ class People:
         )
         prompts = trial.Halves.of(None).seen[:20]
         self.base = trainer.base.fingerprint
-        self.waiting = trial.feedback(trainer, prompts, crowd("emoji", 12), count, 0, "thumb")
+        self.waiting = trial.feedback(trainer, prompts, crowd("bulleted", 12, noise=0.0), count, 0, "thumb")
         self.standing: list[Judgement] = []
         self.log: Log = open_log(config, writes=[EXCHANGES, FEEDBACK])
 
