@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 PYTHON ?=
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-.PHONY: help up test lint format bench bench-learn bench-learn-peers bench-serving bench-swaps bench-turns bench-decode bench-ingest soak faults clean
+.PHONY: help up test lint format bench bench-learn bench-learn-peers bench-gold bench-serving bench-swaps bench-turns bench-decode bench-ingest soak faults clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -31,13 +31,16 @@ format: $(VENV)/.heed-test ## put imports and layout in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-learn bench-learn-peers bench-serving bench-swaps bench-turns bench-decode bench-ingest ## run the benchmarks (hours; finished parts are kept)
+bench: bench-learn bench-learn-peers bench-gold bench-serving bench-swaps bench-turns bench-decode bench-ingest ## run the benchmarks (hours; finished parts are kept)
 
 bench-learn: $(VENV)/.heed-test ## how fast and how well it learns from thumbs (resumable)
 	$(BIN)/python -m benchmarks.learn_live
 
 bench-learn-peers: $(VENV)/.heed-test ## how well and how fast it learns beside TRL (which it installs: gigabytes; resumable)
 	$(BIN)/python -m benchmarks.learn
+
+bench-gold: $(VENV)/.heed-test ## whether what people really want ever suffers: 30 updates in a row, three times (resumable)
+	$(BIN)/python -m benchmarks.gold
 
 bench-serving: $(VENV)/.heed-test ## how fast it serves, beside other servers (which it installs: gigabytes)
 	$(BIN)/python -m benchmarks.serving
@@ -56,7 +59,7 @@ bench-ingest: $(VENV)/.heed-test ## how much feedback a second is taken, beside 
 
 soak: $(VENV)/.heed-test ## the long versions of the tests that kill, cut off and fill up, and of those for leaks
 	HEED_SOAK=1 $(BIN)/python -m pytest -m "" --timeout=7200 tests/test_kill9.py tests/test_log_crash.py \
-	  tests/test_chaos.py tests/test_memory.py
+	  tests/test_chaos.py tests/test_memory.py tests/test_learner_memory.py
 
 faults: $(VENV)/.heed-test ## plant each fault of tests/faults.toml in a copy of the learner: a test must fail
 	$(BIN)/python -m tests.plant
