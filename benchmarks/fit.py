@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from feedback.raters import crowd
 from learner.config import LearnerConfig
+from learner.trainer import Trainer
 from learner.trial import RATERS, Halves, feedback
-from learner.update import Trainer
 
 REFERENCE = 256
 """Replies that fix the scale of the score, as many as the gate asks for by default."""

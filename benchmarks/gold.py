@@ -43,10 +43,10 @@ from benchmarks.trials import groups, with_product
 from feedback.raters import crowd, taste
 from learner import trial
 from learner.config import LearnerConfig
+from learner.judgement import Judgement, Sample
 from learner.rollouts import Rollout
-from learner.state import Judgement, Sample
 from learner.steps import POLICY
-from learner.update import Trainer
+from learner.trainer import Trainer
 from serving.lora import AdapterWeights
 from serving.peft_files import read_peft, read_peft_folder, save_peft
 

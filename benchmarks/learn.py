@@ -35,7 +35,7 @@ from benchmarks.servers import ROOT, NotHere
 from benchmarks.trials import Cell, Judge, groups
 from learner import trial
 from learner.config import LearnerConfig
-from learner.update import Trainer
+from learner.trainer import Trainer
 from serving.model import find_model
 
 QUIET = 0.05

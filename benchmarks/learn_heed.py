@@ -11,10 +11,12 @@ from pathlib import Path
 
 from benchmarks.meter import Json, Meter
 from learner.config import LearnerConfig
+from learner.judgement import Judgement, Sample
 from learner.model import Batch
 from learner.rollouts import Rollout
-from learner.state import Judgement, Sample
-from learner.update import POLICY, Candidate, Trainer
+from learner.steps import POLICY
+from learner.trainer import Trainer
+from learner.update import Candidate
 from serving.config import ServingConfig
 from serving.peft_files import save_peft
 

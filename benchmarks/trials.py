@@ -22,8 +22,9 @@ from typing import Any
 from feedback.raters import crowd, taste
 from learner import corpus, trial
 from learner.grammar import as_pattern
-from learner.state import Judgement, Sample
-from learner.update import POLICY, Trainer
+from learner.judgement import Judgement, Sample
+from learner.steps import POLICY
+from learner.trainer import Trainer
 from serving.peft_files import read_peft, read_peft_folder
 
 POOL = 800

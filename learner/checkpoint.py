@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 class Trains(Protocol):
-    """What has a state to keep: learner.update.Trainer."""
+    """What has a state to keep: learner.trainer.Trainer."""
 
     @property
     def base(self) -> Base: ...

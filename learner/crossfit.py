@@ -21,8 +21,8 @@ from learner.losses import Links, rater_numbers
 from learner.prepare import replies
 
 if TYPE_CHECKING:
+    from learner.judgement import Judgement
     from learner.model import Tokens
-    from learner.state import Judgement
 
     States = Callable[[Sequence[Tokens]], Tensor]
     """What the base makes of replies to their prompts, [B, S]."""

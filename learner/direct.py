@@ -23,10 +23,10 @@ from learner.crossfit import RewardConfig
 from learner.evidence import weigh
 from learner.experience import Experience, Scorer
 from learner.improve import Improver
+from learner.judgement import Judgement
 from learner.model import Batch, LearnerModel, Tokens
 from learner.recipe import PPOConfig
 from learner.rollouts import Sampler
-from learner.state import Judgement
 from learner.steps import POLICY
 
 LIKED_STARS = 4

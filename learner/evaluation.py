@@ -21,7 +21,7 @@ from learner.prepare import claims
 
 if TYPE_CHECKING:
     from learner.crossfit import Tried
-    from learner.state import Judgement
+    from learner.judgement import Judgement
 
 Figures = Mapping[str, float | None]
 """`count`; `nll`, nats each; `ece`; and, None where there is nothing to compare, `auroc` of thumbs and signals, `accuracy` of

@@ -18,7 +18,7 @@ from learner.losses import CHANNELS, Links
 
 if TYPE_CHECKING:
     from learner.crossfit import RewardConfig
-    from learner.state import Judgement, Sample
+    from learner.judgement import Judgement, Sample
 
 PAIRS = ("preference", "correction")
 NOBODY = -1

@@ -15,10 +15,10 @@ from learner.prepare import replies
 from learner.steps import POLICY
 
 if TYPE_CHECKING:
+    from learner.judgement import Judgement, Sample
     from learner.model import LearnerModel
     from learner.reward import RewardModel
     from learner.rollouts import Rollout
-    from learner.state import Judgement, Sample
     from serving.chat import Chat
 
 ALIKE = 2

@@ -39,7 +39,8 @@ from learner.watching import Lines, Watcher
 from serving.adapters import AdapterStore, BadAdapter, ReleaseBroken, ReleaseRefused, StoreBusy
 
 if TYPE_CHECKING:
-    from learner.update import Candidate, Trainer
+    from learner.trainer import Trainer
+    from learner.update import Candidate
 
 JUDGEMENTS = 4096
 """An update is given at most so many of the newest judgements. How many replies they may be about, with which the reward

@@ -16,7 +16,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from learner.state import Judgement, Sample, Words
+    from learner.judgement import Judgement, Sample, Words
 
 WHOLE_EDIT = 8
 """Tokens changed from which on a correction counts in full."""

@@ -85,7 +85,7 @@ def _learn(
     import torch
 
     from learner.loop import Learner
-    from learner.update import Trainer
+    from learner.trainer import Trainer
     from serving.adapters import AdapterStore
     from serving.engine import ModelError
 

@@ -26,8 +26,8 @@ from learner.prepare import NOBODYS
 
 if TYPE_CHECKING:
     from learner.crossfit import States
+    from learner.judgement import Judgement, Sample
     from learner.model import Tokens
-    from learner.state import Judgement, Sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,12 @@ from learner import corpus
 from learner.config import LearnerConfig
 from learner.direct import EXAMPLES
 from learner.improve import Progress
+from learner.judgement import Judgement, Sample
 from learner.live import LiveReply
 from learner.model import Batch, length_sorted
 from learner.rollouts import Prompt, Rollout
-from learner.state import Judgement, Sample
 from learner.steps import POLICY
-from learner.update import Trainer
+from learner.trainer import Trainer
 from serving.model import find_model
 
 RATERS = 24

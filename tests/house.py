@@ -33,7 +33,7 @@ NURSERY = """
 import json, logging, os, signal, sys, time
 import torch
 from feedback.config import load
-from learner import loop, process as learning, update
+from learner import loop, process as learning, trainer
 from learner.config import LearnerConfig
 from learner.gate import GateReport
 from serving import process as serving
@@ -42,18 +42,18 @@ torch.set_num_threads(1)
 config = load(LearnerConfig, environ={}, toml=None, flags=json.loads(sys.argv[1]))
 ends = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
 
-class Quick(update.Trainer):
+class Quick(trainer.Trainer):
     def learn(self, judgements, prompts, *, parent, seed, served, progress):
         for phase in ("reward", "rollouts", "ppo", "gate"):
             for step in range(10):
                 progress(phase, step / 10)
                 time.sleep(0.02)
-        policy = self.model.adapter(update.POLICY)
+        policy = self.model.adapter(trainer.POLICY)
         policy.reset(seed)
         with torch.no_grad():
             for up_Or in policy.up:
                 up_Or.normal_(0, 0.02)
-        return update.Candidate(policy.weights(), {}, GateReport(True, []))
+        return trainer.Candidate(policy.weights(), {}, GateReport(True, []))
 
 def note_ends(*_):
     try:
@@ -62,7 +62,7 @@ def note_ends(*_):
     except ChildProcessError:
         pass
 
-update.Trainer = Quick
+trainer.Trainer = Quick
 signal.signal(signal.SIGCHLD, note_ends)
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s")
 for name in sys.stdin:

@@ -18,9 +18,11 @@ from benchmarks.gold_plot import gain, gap, plot
 from learner.config import LearnerConfig
 from learner.crossfit import RewardConfig
 from learner.gate import Check, GateReport
+from learner.judgement import Judgement
 from learner.rollouts import Prompt
-from learner.state import Judgement
-from learner.update import POLICY, Candidate, Trainer
+from learner.steps import POLICY
+from learner.trainer import Trainer
+from learner.update import Candidate
 from serving.lora import AdapterWeights
 
 Json = gold.Json

@@ -22,7 +22,8 @@ from benchmarks.trials import JUDGED, SIZES, Cell, Judge, groups, pairs_of, phra
 from feedback.raters import crowd
 from learner import corpus, trial
 from learner.config import LearnerConfig
-from learner.update import POLICY, Trainer
+from learner.steps import POLICY
+from learner.trainer import Trainer
 from serving.peft_files import save_peft
 
 Json = learn.Json

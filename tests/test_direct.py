@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from learner.direct import EXAMPLES, Direct, Example, dpo_loss, kto_loss, loss_of, pairs, rows_of, sft_loss
+from learner.judgement import Judgement, Sample
 from learner.model import Batch
-from learner.state import Judgement, Sample
 from learner.steps import POLICY
 from tests import bases
 from tests.test_update import PROMPTS, SMALL, LowIds, improver, score_of

@@ -12,8 +12,8 @@ from learner.concordance import concordance
 from learner.crossfit import CrossFit, RewardConfig, Tried
 from learner.evaluation import by_channel, calibration_error, compared, rater_agreement
 from learner.evidence import Evidence
+from learner.judgement import Judgement
 from learner.losses import CHANNELS, Links
-from learner.state import Judgement
 from tests.test_prepare import BAD, GOOD, OTHER, said
 from tests.test_reward import EOS, embeddings, no_states, random_thumbs, thumbs
 

@@ -14,10 +14,12 @@ import pytest
 from feedback.events import Exchange, Feedback
 from learner.config import LearnerConfig
 from learner.crossfit import CrossFit, RewardConfig
+from learner.judgement import Judgement, Words
 from learner.prepare import prepare
 from learner.reward import RewardModel
-from learner.state import Judgement, State, Words
-from learner.update import Round, Trainer
+from learner.state import State
+from learner.trainer import Trainer
+from learner.update import Round
 from serving.config import ServingConfig
 from tests import bases
 from tests.test_reward import EOS, NICE, embeddings, judgement, no_states, reference, reply, sample, thumbs

@@ -21,8 +21,8 @@ from feedback.log import Log, open_log
 from feedback.raters import crowd
 from learner import trial
 from learner.config import LearnerConfig
-from learner.state import Judgement
-from learner.update import Trainer
+from learner.judgement import Judgement
+from learner.trainer import Trainer
 from serving.config import ServingConfig
 from tests.house import ROOT, until
 from tests.test_memory import resident

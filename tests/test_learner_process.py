@@ -54,9 +54,9 @@ def endless(config):
 
     return Endless()
 
-update = types.ModuleType("learner.update")
-update.Trainer = endless
-sys.modules["learner.update"] = update
+trainer = types.ModuleType("learner.trainer")
+trainer.Trainer = endless
+sys.modules["learner.trainer"] = trainer
 
 logging.basicConfig(level=logging.INFO)
 config, arguments = load(LearnerConfig, environ={}, toml=None, flags=json.loads(sys.argv[1])), sys.argv[2:]

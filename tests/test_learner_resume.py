@@ -16,7 +16,7 @@ from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK
 from feedback.log import open_log
 from learner.config import LearnerConfig
-from learner.update import Trainer
+from learner.trainer import Trainer
 from serving.config import ServingConfig
 from tests import bases
 from tests.told import exchange, feedback

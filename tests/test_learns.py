@@ -11,8 +11,8 @@ from torch import Tensor
 
 from learner import ppo
 from learner.config import LearnerConfig
-from learner.state import Judgement, Sample
-from learner.update import Trainer
+from learner.judgement import Judgement, Sample
+from learner.trainer import Trainer
 from serving.config import ServingConfig
 from tests import bases
 

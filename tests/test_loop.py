@@ -27,13 +27,14 @@ from learner.board import LearnersBoard
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.exhibits import Exhibits
+from learner.judgement import Judgement
 from learner.ledger import Ledger, Update
 from learner.live import LiveReply
 from learner.loop import Learner
 from learner.metrics import LearnerMetrics
 from learner.phases import Phases
 from learner.release import Releaser
-from learner.state import Judgement, State
+from learner.state import State
 from learner.stopping import Stopping
 from learner.watching import Watcher
 from serving.adapters import AdapterStore, Base

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from feedback.events import Message
 from learner.direct import liked
+from learner.judgement import Judgement, Sample, Words
 from learner.prepare import NOBODYS, Unusable, claims, edit_distance, prepare
-from learner.state import Judgement, Sample, Words
 
 GOOD, BAD, OTHER = (Sample(name, (1, 2), ids, 0) for name, ids in (("r", (5, 6, 2)), ("q", (7, 2)), ("p", (8, 9, 2))))
 AGAIN = replace(GOOD, reply_id="r again")

@@ -13,7 +13,7 @@ from learner import probes, process
 from learner.config import LearnerConfig
 from learner.gate import GateReport
 from learner.rollouts import Sampler
-from learner.update import Trainer
+from learner.trainer import Trainer
 from serving.config import ServingConfig
 from serving.engine import Engine
 from tests import bases

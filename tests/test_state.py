@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feedback.events import EXCHANGES, FEEDBACK, Message
+from learner.judgement import Sample, Words
 from learner.ledger import Learned, Ledger
 from learner.report import dropped, feedback_counts, freshness, liked
-from learner.state import Sample, State, Words
+from learner.state import State
 from learner.statefile import StateError, open_state, remove_state
 from tests.told import BASE, NOW, POLICY, exchange, feedback, records, retraction
 

@@ -17,7 +17,8 @@ from feedback.log import open_log
 from feedback.raters import crowd
 from learner.config import LearnerConfig
 from learner.state import State
-from learner.update import Round, Trainer
+from learner.trainer import Trainer
+from learner.update import Round
 from serving.adapters import AdapterStore, describe_base
 from serving.chat import Chat
 from serving.config import ServingConfig

@@ -9,8 +9,8 @@ import pytest
 
 from feedback.raters import crowd, taste
 from learner.config import LearnerConfig
+from learner.trainer import Trainer
 from learner.trial import FRESH, Halves, feedback, memory_mb, quality, rollouts_per_s, run_cell
-from learner.update import Trainer
 from serving.config import ServingConfig
 from tests.commands import Heed
 

@@ -18,12 +18,13 @@ from learner import checkpoint, gate, improve, update
 from learner.config import LearnerConfig
 from learner.exhibits import looked_at
 from learner.improve import Improver, PolicyReport, blend
+from learner.judgement import Judgement, Sample
 from learner.model import LearnerModel, Tokens
 from learner.recipe import PPOConfig, learning_rate, ppo_config
 from learner.rollouts import Prompt, Rollout, Sampler, shuffled
-from learner.state import Judgement, Sample
 from learner.steps import POLICY
-from learner.update import Candidate, Trainer, difference, shrunk
+from learner.trainer import Trainer
+from learner.update import Candidate, difference, shrunk
 from learner.winrate import win_rate
 from learner.worth import best, idle
 from serving.config import ServingConfig

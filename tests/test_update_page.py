@@ -17,10 +17,10 @@ from learner import drawing, gate
 from learner.exhibits import END, Alike, Exhibits, Pair, Piece, Reply, first_of_each, most_alike, pieces_of, said_of
 from learner.figures import jsonable
 from learner.gate import GateReport
+from learner.judgement import Judgement, Sample
 from learner.ledger import Update
 from learner.page import KEPT, keep_page, update_page
 from learner.rollouts import Rollout
-from learner.state import Judgement, Sample
 from tests import bases
 from tests.test_gate import BASE, reward_report
 

@@ -24,7 +24,7 @@ from learner.loop import Learner
 from learner.metrics import LearnerMetrics
 from learner.state import State
 from learner.stopping import Stopping
-from learner.update import Trainer
+from learner.trainer import Trainer
 from serving.adapters import AdapterStore
 from serving.config import ServingConfig
 from serving.model import find_model
