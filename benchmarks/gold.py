@@ -13,7 +13,7 @@ the same prompts and seeds much of the chance is common to both, so a fall is de
 
 All seeds run side by side, a process with one thread each. A finished update is a line of results/gold.jsonl and is not made
 again; beside it are a plot, gold.svg, and a folder with the thumbs and the versions that later updates start from.
-Settings are the learner's own but for `BATCHES`.
+Settings are the learner's own but for `BATCHES`, and no replies are kept for a report.
 
     python -m benchmarks.gold                              every update that is missing, then plot and verdict
     python -m benchmarks.gold --seed 0 --updates 6         one seed, in this process, so far and no further
@@ -45,7 +45,6 @@ from learner import trial
 from learner.config import LearnerConfig
 from learner.judgement import Judgement, Sample
 from learner.rollouts import Rollout
-from learner.steps import POLICY
 from learner.trainer import Trainer
 from serving.lora import AdapterWeights
 from serving.peft_files import read_peft, read_peft_folder, save_peft
@@ -60,7 +59,7 @@ BATCHES = 4
 REPLIES = 7
 """To each of the 60 held-out prompts."""
 
-SETTINGS: dict[str, Any] = {"update_batches": BATCHES}
+SETTINGS: dict[str, Any] = {"update_batches": BATCHES, "report_samples": 0}
 
 Json = dict[str, Any]
 
@@ -129,6 +128,8 @@ class Line:
             made = self.learn(number, served)
         if made["released"]:
             served = number
+        else:
+            made["kl"] = done[-1]["kl"] if done else 0.0
         proxy = self.proxy(served) if served else 0.0
         row = {"seed": self.seed, "update": number, "served": served, **self.gold(served), "proxy": proxy, **made}
         return row | {"wall_s": time.perf_counter() - started}
@@ -165,20 +166,15 @@ class Line:
             "refused": [check.name for check in candidate.gate.checks if check.verdict == "fail"],
             "auroc": candidate.report["reward"]["auroc"],
             "stopped": candidate.report.get("policy", {}).get("stopped"),
+            "kl": candidate.report.get("kl", {}).get("reference"),
         }
 
     def gold(self, version: int) -> Json:
-        """What people really think of a version's replies; its distance from the base, nats a reply."""
-        replies, kl = self.answers(version), 0.0
-        if version:
-            self.trainer.model.adapter(POLICY).load(self.weights(version))
-            kl = self.trainer.mean_kl(replies)
-        found = trial.quality(trial.texts(self.trainer, self.asked, replies), taste(TASTE))
-        found = with_product(found, self.asked)
-        return {
-            "gold": found["product"], "error": found["error"], "satisfied": found["satisfied"], "facts": found["facts"],
-            "replies": len(replies), "kl": kl,
-        }  # fmt: skip
+        """What people really think of a version's replies."""
+        replies = trial.texts(self.trainer, self.asked, self.answers(version))
+        found = with_product(trial.quality(replies, taste(TASTE)), self.asked)
+        shares = {"satisfied": found["satisfied"], "facts": found["facts"], "replies": found["replies"]}
+        return {"gold": found["product"], "error": found["error"], **shares}
 
     def proxy(self, version: int) -> float:
         """What the reward model, as it is now, makes of a version's replies: standard deviations above the base's."""

@@ -50,8 +50,9 @@ class Planted:
         with torch.no_grad():
             for up_Or in policy.up:
                 up_Or.normal_(0, self.size[number])
+        kl = trainer.mean_kl(trainer.sampler.sample(prompts, policy.weights(), seed))
         check = Check("kl", "pass" if self.passes[number] else "fail", None, None, "")
-        return Candidate(policy.weights(), {"reward": {"auroc": None}}, GateReport.of([check]))
+        return Candidate(policy.weights(), {"reward": {"auroc": None}, "kl": {"reference": kl}}, GateReport.of([check]))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,8 @@ def test_a_policy_that_people_like_less_ends_the_command_with_its_name(
     assert (same["gold"], same["kl"], same["proxy"]) == (base["gold"], 0.0, 0.0)
     assert collapsed["gold"] < base["gold"] / 2
     assert collapsed["kl"] > 2
-    assert (kept["served"], kept["gold"], kept["refused"]) == (2, collapsed["gold"], ["kl"])
+    assert [kept[name] for name in ("served", "gold", "kl")] == [2, collapsed["gold"], collapsed["kl"]]
+    assert kept["refused"] == ["kl"]
     assert [line.partition(":")[0] for line in said.splitlines()] == ["seed 1, update 2", "seed 1, update 3"]
     assert f"gold is {collapsed['gold']:.3f}, below its start of {base['gold']:.3f}" in said
 
