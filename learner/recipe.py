@@ -60,7 +60,7 @@ class PPOConfig:
     """Nats a token (k3) between the rollouts' policy and the new one, at which a batch's epochs end."""
     kl_price: float = 0.05
     """Of the mean score, in standard deviations of the reference's, that a nat a reply must bring to be worth it."""
-    patience: int = 3
+    patience: int = 2
     """Batches that are not clearly worth more than the best before them, after which the update ends."""
     max_mean_ratio: float = 10.0
     """A minibatch whose mean ratio is above this is skipped."""
