@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from feedback.raters import crowd
 from learner.config import LearnerConfig
+from learner.judgement import key_of
 from learner.trainer import Trainer
 from learner.trial import RATERS, Halves, feedback
 
@@ -29,7 +30,7 @@ def main(counts: Sequence[int]) -> None:
         started, worked = time.perf_counter(), time.process_time()
         trainer.reward.fit(judgements, reference, 0)
         took_s, cpu_s = time.perf_counter() - started, time.process_time() - worked
-        distinct = len({(one.reply.prompt_ids, one.reply.reply_ids) for one in judgements})
+        distinct = len({key_of(one.reply) for one in judgements})
         row = {"judgements": count, "replies": distinct, "seconds": round(took_s, 1), "cpu_s": round(cpu_s, 1)}
         print(json.dumps(row), flush=True)
 

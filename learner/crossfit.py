@@ -17,12 +17,12 @@ from torch import Tensor
 
 from learner.evidence import Evidence, kind_of
 from learner.features import Features, Tables
+from learner.judgement import key_of
 from learner.losses import Links, rater_numbers
 from learner.prepare import replies
 
 if TYPE_CHECKING:
-    from learner.judgement import Judgement
-    from learner.model import Tokens
+    from learner.judgement import Judgement, Tokens
 
     States = Callable[[Sequence[Tokens]], Tensor]
     """What the base makes of replies to their prompts, [B, S]."""
@@ -180,8 +180,8 @@ class CrossFit:
         self.judgements, self.config = judgements, config
         self.fold_J, self.by = deal(judgements, config.folds, seed)
         said = [sample for judgement in judgements for sample in replies(judgement)]
-        samples = [*{(sample.prompt_ids, sample.reply_ids): sample for sample in said}.values()]
-        rows = {(sample.prompt_ids, sample.reply_ids): row for row, sample in enumerate(samples)}
+        samples = [*{key_of(sample): sample for sample in said}.values()]
+        rows = {key_of(sample): row for row, sample in enumerate(samples)}
         self.raters = rater_numbers([judgement.user for judgement in judgements])
         self.evidence = Evidence.of(judgements, rows, self.raters, config)
         said_N, states_NS = [sample.reply_ids for sample in samples], states(samples)

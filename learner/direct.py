@@ -23,14 +23,12 @@ from learner.crossfit import RewardConfig
 from learner.evidence import weigh
 from learner.experience import Experience, Scorer
 from learner.improve import Improver
-from learner.judgement import Judgement
-from learner.model import Batch, LearnerModel, Tokens
+from learner.judgement import LIKED, Judgement, Tokens
+from learner.model import Batch, LearnerModel
 from learner.recipe import PPOConfig
 from learner.rollouts import Sampler
 from learner.steps import POLICY
 
-LIKED_STARS = 4
-"""Stars from which on a rating counts as a thumb up."""
 PASSES = 4
 """Over the feedback, at most."""
 BETA = 0.1
@@ -68,7 +66,7 @@ def opinions(judgements: Sequence[Judgement]) -> list[Example]:
     for one, weight in zip(judgements, weigh(judgements, RewardConfig()), strict=True):
         if one.kind == "signal":  # what somebody did is no opinion
             continue
-        liked = one.other is not None or one.value >= (LIKED_STARS if one.kind == "rating" else 1)
+        liked = one.other is not None or one.value >= (LIKED if one.kind == "rating" else 1)
         found.append(Example(one.reply, None, weight) if liked else Example(None, one.reply, weight))
         if one.other is not None:
             found.append(Example(None, one.other, weight))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from learner.concordance import Compared, concordance
 from learner.evidence import NOBODY, PAIRS, Evidence, kind_of
+from learner.judgement import LIKED, Key, key_of
 from learner.losses import CHANNELS
 from learner.prepare import claims
 
@@ -28,15 +29,11 @@ Figures = Mapping[str, float | None]
 preferences and corrections, Kendall's `tau` of ratings and rankings (ties in what was said left out)."""
 
 Bin = tuple[float, float, int]
-Key = tuple[tuple[int, ...], tuple[int, ...]]
-"""Prompt and reply."""
 
 OVERALL = (*CHANNELS, "ranking")
 """What people say of a reply as a whole, and mean so. That an edited text differs from a sampled one, or what is copied, may be
 foretold by what has nothing to do with its worth: it is no evidence for the gate."""
 BINS = 10
-PLEASED = 4
-"""So many stars say that a reply is good."""
 
 
 def compared(tried: Sequence[Tried], counts: Callable[[str], bool] = OVERALL.__contains__) -> list[Compared]:
@@ -89,7 +86,7 @@ def surprises(tried: Sequence[Tried], judgements: Sequence[Judgement]) -> dict[K
         gap_J = thumbs.value_J - part.links.logit("thumb", part.utility_N[thumbs.reply_J]).sigmoid()
         for row, gap in zip(here_J.nonzero()[:, 0].tolist(), gap_J.tolist(), strict=True):
             reply = judgements[part.index_J[row]].reply
-            gaps[reply.prompt_ids, reply.reply_ids].append(gap)
+            gaps[key_of(reply)].append(gap)
     return {key: fmean(found) for key, found in gaps.items()}
 
 
@@ -147,8 +144,8 @@ def _foretold(evidence: Evidence, channel: str, part: Tried) -> tuple[Tensor, Te
     links, utility_N = part.links, part.utility_N
     kind = kind_of(channel)
     if kind == "rating":
-        logit_J = links.logit(channel, utility_N[evidence.reply_J]) - links.thresholds()[PLEASED - 2]
-        return logit_J.sigmoid(), (evidence.value_J >= PLEASED).float()
+        logit_J = links.logit(channel, utility_N[evidence.reply_J]) - links.thresholds()[LIKED - 2]
+        return logit_J.sigmoid(), (evidence.value_J >= LIKED).float()
     if kind not in (*PAIRS, "ranking"):
         return links.logit(channel, utility_N[evidence.reply_J]).sigmoid(), evidence.value_J
     if kind == "ranking":

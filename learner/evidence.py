@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from learner.judgement import Key, key_of
 from learner.losses import CHANNELS, Links
 
 if TYPE_CHECKING:
@@ -56,14 +57,14 @@ class Evidence:
     def of(
         cls,
         judgements: Sequence[Judgement],
-        rows: Mapping[tuple[tuple[int, ...], tuple[int, ...]], int],
+        rows: Mapping[Key, int],
         raters: Mapping[str, int],
         config: RewardConfig,
     ) -> Evidence:
         """`rows`: prompt and reply → row of the feature table. `raters`: their numbers, from 1."""
 
         def row_of(sample: Sample) -> int:
-            return rows[sample.prompt_ids, sample.reply_ids]
+            return rows[key_of(sample)]
 
         named = [channel_of(judgement) for judgement in judgements]
         channels = tuple(dict.fromkeys([*CHANNELS, *named]))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from learner.judgement import Key, key_of
 from learner.model import Batch
 from learner.prepare import replies
 from learner.steps import POLICY
@@ -130,12 +131,12 @@ def most_alike(
     return (own_BS @ rated_NS.T).topk(min(count, len(rated)), dim=1).indices.tolist()
 
 
-def said_of(judgements: Sequence[Judgement]) -> Mapping[tuple[tuple[int, ...], tuple[int, ...]], str]:
+def said_of(judgements: Sequence[Judgement]) -> Mapping[Key, str]:
     """Prompt and reply → what people said of it, in words: "2 thumbs up, 1 thumb down"."""
-    counts: defaultdict[tuple[tuple[int, ...], tuple[int, ...]], Counter[str]] = defaultdict(Counter)
+    counts: defaultdict[Key, Counter[str]] = defaultdict(Counter)
     for judgement in judgements:
         for sample, word in zip(replies(judgement), _words(judgement), strict=True):
-            counts[sample.prompt_ids, sample.reply_ids][word] += 1
+            counts[key_of(sample)][word] += 1
     return {
         reply: ", ".join(f"{word} × {count}" if count > 1 else word for word, count in said.most_common())
         for reply, said in counts.items()
@@ -180,7 +181,7 @@ def pairs(
                 Alike(
                     chat.decode(rated[row].prompt_ids).strip(),
                     chat.decode(rated[row].reply_ids).strip(),
-                    said[rated[row].prompt_ids, rated[row].reply_ids],
+                    said[key_of(rated[row])],
                 )
                 for row in rows
             ),

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from learner import ppo
 from learner.critic import crossfit_values
+from learner.judgement import Tokens
 from learner.live import LARGEST_WEIGHT, Live
-from learner.model import Batch, Comparison, LearnerModel, Tokens
+from learner.model import Batch, Comparison, LearnerModel
 from learner.recipe import PPOConfig, objective_of
 from learner.rollouts import Prompt, Rollout, Sampler, repetition
 from learner.steps import POLICY, Steps

@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from feedback.events import Message
+
+Key = tuple[tuple[int, ...], tuple[int, ...]]
+"""Prompt and reply, as token ids: the same reply served twice is one reply."""
+LIKED, DISLIKED = 4, 2
+"""Stars from which on, and up to which, a rating says yes or no."""
+
+
+class Tokens(Protocol):
+    """A prompt and a reply to it, as token ids."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+    @property
+    def reply_ids(self) -> tuple[int, ...]: ...
+
+
+def key_of(sample: Tokens) -> Key:
+    """What tells this reply from others."""
+    return sample.prompt_ids, sample.reply_ids
 
 
 @dataclass(frozen=True, slots=True)

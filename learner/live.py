@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from feedback.events import Exchange
-from learner.evaluation import Key
+from learner.judgement import Key, key_of
 from learner.rollouts import Rollout
 from learner.state import LIVE, State
 
@@ -104,7 +104,7 @@ class Live:
                 usable.append(one)
             else:
                 rejected[why] += 1
-        rated = sum((one.prompt_ids, one.reply_ids) in surprise for one in usable) / max(len(usable), 1)
+        rated = sum(key_of(one) in surprise for one in usable) / max(len(usable), 1)
         order = random.Random(seed).sample(usable, len(usable))
         return cls(iter(order), {key: gap / rated for key, gap in surprise.items() if rated}, rejected=rejected)
 
@@ -124,7 +124,7 @@ class Live:
 
     def said(self, rollout: Rollout) -> float:
         """What to add to the score of a reply; 0 where nobody rated it."""
-        return self.correction.get((rollout.prompt_ids, rollout.reply_ids), 0.0)
+        return self.correction.get(key_of(rollout), 0.0)
 
     def report(self) -> dict[str, object]:
         """Counts for the update's report. `effective`: how many replies of equal weight the used ones are worth (Kish)."""

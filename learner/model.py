@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +24,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner import ppo
+from learner.judgement import Tokens
 from serving.lora import AdapterWeights, target_modules
-
-
-class Tokens(Protocol):
-    """A prompt and a reply to it, as token ids."""
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]: ...
-    @property
-    def reply_ids(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)

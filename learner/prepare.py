@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from learner.judgement import DISLIKED, LIKED, Key, key_of
+
 if TYPE_CHECKING:
     from learner.judgement import Judgement, Sample, Words
 
@@ -22,8 +24,6 @@ WHOLE_EDIT = 8
 """Tokens changed from which on a correction counts in full."""
 NOBODYS = ""
 """Id of what nobody said: that a reply did not get a signal."""
-LIKED, DISLIKED = 4, 2
-"""Stars from which on, and up to which, a rating says yes or no."""
 REPLIES = 4096
 """Distinct replies that an update learns from, at most: a fit takes two minutes of a core for so many, and four times as long
 for twice as many (benchmarks/LOG.md)."""
@@ -31,7 +31,7 @@ for twice as many (benchmarks/LOG.md)."""
 Claim = tuple[Hashable, int]
 """Something that can be said or denied of a reply or of two, and which of the two was done (1 or −1)."""
 
-Encode = Callable[["Words"], tuple[tuple[int, ...], tuple[int, ...]]]
+Encode = Callable[["Words"], Key]
 """Prompt and reply as token ids of the base that learns. Raises Unusable."""
 
 
@@ -77,9 +77,9 @@ def claims(judgement: Judgement) -> Iterator[Claim]:
     if kind in ("thumb", "rating"):
         good, bad = (value == 1, value == 0) if kind == "thumb" else (value >= LIKED, value <= DISLIKED)
         if good or bad:
-            yield (judgement.aspect, _text(judgement.reply)), 1 if good else -1
+            yield (judgement.aspect, key_of(judgement.reply)), 1 if good else -1
     elif kind != "signal":
-        for better, worse in combinations(map(_text, replies(judgement)), 2):
+        for better, worse in combinations(map(key_of, replies(judgement)), 2):
             if better != worse:
                 yield frozenset((better, worse)), 1 if better < worse else -1
 
@@ -122,7 +122,7 @@ def _shaped(judgement: Judgement, encode: Encode, aspects: Mapping[str, float]) 
         dwelt = judgement.signal == "dwell"
         return judgement if dwelt else replace(judgement, value=float(judgement.value > 0))
     order = replies(judgement)
-    if len(order) > 1 and len(set(map(_text, order))) == 1:
+    if len(order) > 1 and len(set(map(key_of, order))) == 1:
         return "same"
     return judgement
 
@@ -169,7 +169,7 @@ def _once(judgements: Sequence[Judgement]) -> list[Judgement]:
     """Of what a named person said several times, word for word, the first."""
     seen: dict[Hashable, Judgement] = {}
     for row, one in enumerate(judgements):
-        said = (one.user, one.kind, one.aspect, one.signal, one.value, *map(_text, replies(one)))
+        said = (one.user, one.kind, one.aspect, one.signal, one.value, *map(key_of, replies(one)))
         seen.setdefault(said if one.user else row, one)
     return list(seen.values())
 
@@ -192,7 +192,7 @@ def _newest(judgements: Sequence[Judgement]) -> list[Judgement]:
     known: set[Hashable] = set()
     kept: set[str] = set()
     for one in sorted(judgements, key=lambda one: (one.kind != "signal", one.at), reverse=True):
-        more = {*map(_text, replies(one))} - known
+        more = {*map(key_of, replies(one))} - known
         if len(known) + len(more) <= REPLIES:
             known |= more
             kept.add(one.feedback_id)
@@ -205,7 +205,7 @@ def _contrasted(signals: Sequence[Judgement], others: Sequence[Judgement]) -> li
     for one in [*signals, *others]:
         for sample in replies(one)[one.kind == "correction" :]:  # the corrected text was served to nobody
             if sample.live:  # nor could anybody have sent a signal of what was said elsewhere
-                served.setdefault(_text(sample), (sample, one.at))
+                served.setdefault(key_of(sample), (sample, one.at))
     found: list[Judgement] = []
     for name in dict.fromkeys(one.signal for one in signals):
         came = [one for one in signals if one.signal == name]
@@ -213,7 +213,7 @@ def _contrasted(signals: Sequence[Judgement], others: Sequence[Judgement]) -> li
             middle = statistics.median(one.value for one in came)
             found += [replace(one, value=float(one.value > middle)) for one in came]
             continue
-        got = {_text(one.reply) for one in came}
+        got = {key_of(one.reply) for one in came}
         silent = [place for text, place in served.items() if text not in got]
         weight = came[0].weight * min(1.0, sum(one.value for one in came) / max(len(silent), 1))
         found += came
@@ -222,8 +222,3 @@ def _contrasted(signals: Sequence[Judgement], others: Sequence[Judgement]) -> li
             for sample, at in silent
         ]
     return found
-
-
-def _text(sample: Sample) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What was said to what: the same reply served twice is one reply."""
-    return sample.prompt_ids, sample.reply_ids

@@ -19,15 +19,15 @@ from torch.nn.functional import logsigmoid
 
 from learner.concordance import concordance
 from learner.crossfit import CrossFit, Member, RewardConfig
-from learner.evaluation import Bin, Figures, Key, by_channel, calibration, compared, rater_agreement, surprises
+from learner.evaluation import Bin, Figures, by_channel, calibration, compared, rater_agreement, surprises
 from learner.evidence import chance_nll
 from learner.features import Tables
+from learner.judgement import Key
 from learner.prepare import NOBODYS
 
 if TYPE_CHECKING:
     from learner.crossfit import States
-    from learner.judgement import Judgement, Sample
-    from learner.model import Tokens
+    from learner.judgement import Judgement, Sample, Tokens
 
 
 @dataclass(frozen=True, slots=True)

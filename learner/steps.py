@@ -47,7 +47,13 @@ class Steps:
         rows = range(len(batch.lengths)) if rows is None else rows
         share = math.ceil(sum(batch.lengths[row] for row in rows) / self.threads)
         groups = _groups(batch, rows, min(self.config.micro_tokens, share))
-        return list(self.pool.map(lambda group: (group, work(group, batch.rows(group))), groups))
+        learning = torch.is_grad_enabled()  # what a thread of the pool does not inherit
+
+        def at_work(group: list[int]) -> tuple[list[int], T]:
+            with torch.set_grad_enabled(learning):
+                return group, work(group, batch.rows(group))
+
+        return list(self.pool.map(at_work, groups))
 
     def step(self, gradients: Sequence[Sequence[Tensor]], *, skip: bool) -> None:
         """Add up the groups' gradients and step, unless told to skip or they are not finite."""

@@ -12,9 +12,9 @@ from learner import probes
 from learner.config import LearnerConfig
 from learner.crossfit import RewardConfig
 from learner.improve import Progress
-from learner.judgement import Judgement
+from learner.judgement import Judgement, Key, Tokens, key_of
 from learner.live import LiveReply
-from learner.model import Batch, LearnerModel, Tokens, length_sorted
+from learner.model import Batch, LearnerModel, length_sorted
 from learner.recipe import ppo_config
 from learner.reward import RewardModel
 from learner.rollouts import Prompt, Rollout, Sampler
@@ -33,7 +33,6 @@ ROWS = 128
 """Rollouts that the engine makes side by side."""
 
 T = TypeVar("T", bound=Tokens)
-Text = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Trainer:
@@ -62,7 +61,7 @@ class Trainer:
         engine = Engine(model, self.chat, rows=rows, max_len=self.max_len, slots=1, rank=RANK, seed=config.seed)
         self.sampler = Sampler(engine, config.rollout_tokens)
         self.probed = probes.encode(self.probes, self.chat, self.max_len - config.rollout_tokens)
-        self.remembered: dict[Text, Tensor] | None = None
+        self.remembered: dict[Key, Tensor] | None = None
         """While a round runs: the states of the replies that it has asked for, since it asks for them again and again."""
         self.ppo = ppo_config(config, parameters=sum(p.numel() for p in model.parameters()))
 
@@ -103,17 +102,17 @@ class Trainer:
         total, known = 0.0, {} if self.remembered is None else self.remembered
         for some, part in self.groups(rollouts):
             kl_B, states_BS = self.model.full_kl(part, POLICY)
-            known.update(zip(map(text, some), states_BS, strict=True))
+            known.update(zip(map(key_of, some), states_BS, strict=True))
             total += float(kl_B.sum())
         return total / len(rollouts)
 
     def states(self, samples: Sequence[Tokens]) -> Tensor:
         """What the bare base makes of replies to their prompts, [B, 2H]: see LearnerModel.states."""
         known = {} if self.remembered is None else self.remembered
-        new = {text(one): one for one in samples if text(one) not in known}
+        new = {key_of(one): one for one in samples if key_of(one) not in known}
         for some, part in self.groups(list(new.values())):
-            known.update(zip(map(text, some), self.model.states(part), strict=True))
-        return torch.stack([known[text(one)] for one in samples])
+            known.update(zip(map(key_of, some), self.model.states(part), strict=True))
+        return torch.stack([known[key_of(one)] for one in samples])
 
     def groups(self, samples: Sequence[T]) -> Iterator[tuple[list[T], Batch]]:
         """The samples in groups of like length."""
@@ -136,8 +135,3 @@ class Trainer:
             {name.removeprefix("reward."): t for name, t in tensors.items() if name.startswith("reward.")},
             meta["reward"],
         )
-
-
-def text(sample: Tokens) -> Text:
-    """What was said to what."""
-    return sample.prompt_ids, sample.reply_ids

@@ -21,7 +21,7 @@ from learner.gate import GateReport
 from learner.improve import Improver, PolicyReport, Progress
 from learner.judgement import Judgement, Words
 from learner.live import Live, LiveReply
-from learner.prepare import Unusable, prepare, replies
+from learner.prepare import NOBODYS, Unusable, prepare, replies
 from learner.reward import RewardReport
 from learner.rollouts import Prompt, Rollout, Shape, shuffled
 from learner.steps import POLICY
@@ -99,7 +99,9 @@ class Round:
         prepared = prepare(judgements, self.encode, self.config.aspects)
         self.report["feedback"] = {
             "given": len(judgements),
-            "of_other_bases": sum(any(one.words for one in replies(judgement)) for judgement in prepared.judgements),
+            "of_other_bases": sum(
+                any(reply.words for reply in replies(one)) for one in prepared.judgements if one.feedback_id != NOBODYS
+            ),
             "dropped": prepared.dropped,
         }
         self.left_out = prepared.left_out

@@ -14,8 +14,7 @@ from learner.crossfit import deal
 from learner.reward import RewardModel
 
 if TYPE_CHECKING:
-    from learner.judgement import Judgement
-    from learner.model import Tokens
+    from learner.judgement import Judgement, Tokens
 
 SURE = 1.96
 

@@ -17,9 +17,8 @@ from learner.concordance import Compared, concordance
 from learner.crossfit import CrossFit, RewardConfig, deal
 from learner.evidence import chance_nll, weigh
 from learner.features import Features
-from learner.judgement import Judgement, Sample
+from learner.judgement import Judgement, Sample, Tokens
 from learner.losses import CHANNELS, Links, preference_loss, ranking_loss, rating_loss, thumb_loss
-from learner.model import Tokens
 from learner.reward import RewardModel, correlation
 
 EOS, VOCABULARY = 2, 60

@@ -18,8 +18,8 @@ from learner import checkpoint, gate, improve, update
 from learner.config import LearnerConfig
 from learner.exhibits import looked_at
 from learner.improve import Improver, PolicyReport, blend
-from learner.judgement import Judgement, Sample
-from learner.model import LearnerModel, Tokens
+from learner.judgement import Judgement, Sample, Tokens
+from learner.model import LearnerModel
 from learner.recipe import PPOConfig, learning_rate, ppo_config
 from learner.rollouts import Prompt, Rollout, Sampler, shuffled
 from learner.steps import POLICY
@@ -182,7 +182,7 @@ def test_the_values_foretell_what_the_prompt_tells() -> None:
         prices = {"beta": 0.0, "missing_eos_penalty": 0.0, "repetition_penalty": 0.0}
         found = improver(dataclasses.replace(SMALL, **prices, micro_tokens=micro_tokens))
         found.policy.load(bases.adapter(found.model.base, scaling=0.3))
-        found.reward = Asked()
+        found.collector.reward = Asked()
         seen = found.collector.look_at(found.collector.sampler.sample(PROMPTS * 8, None, 0))
         assert seen.figures["explained_variance"] > 0.2
         values.append(seen.values_BT)
@@ -252,13 +252,13 @@ def test_a_policy_that_is_not_worth_its_kl_is_given_up() -> None:
 
 def test_the_policy_that_was_chosen_is_left_in_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     found, asked = improver(), list[AdapterWeights]()
-    sample = found.sampler.sample
+    sample = found.collector.sampler.sample
 
     def sampled(prompts: Sequence[Prompt], weights: AdapterWeights, *rest: Any, **named: Any) -> list[Rollout]:
         asked.append(weights)
         return sample(prompts, weights, *rest, **named)
 
-    monkeypatch.setattr(found.sampler, "sample", sampled)
+    monkeypatch.setattr(found.collector.sampler, "sample", sampled)
     monkeypatch.setattr(found, "choose", lambda _: 1)
     report = found.run(PROMPTS, lambda *_: None)
     assert len(asked) == len(report.batches) == 5
