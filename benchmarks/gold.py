@@ -67,7 +67,7 @@ Json = dict[str, Any]
 def main() -> None:
     given = arguments()
     seeds = given.seed or range(SEEDS)
-    if len(seeds) == 1:
+    if given.updates and len(seeds) == 1:
         go_on(*seeds, given.results, given.updates)
     elif given.updates:
         fresh = multiprocessing.get_context("spawn")
@@ -76,7 +76,10 @@ def main() -> None:
     rows = read(given.results)
     given.results.with_suffix(".svg").write_text(plot(rows), "utf-8")
     print(table(rows))
-    sys.exit("\n".join(faults(rows)) or 0)
+    asked = len(seeds) * (given.updates or UPDATES)
+    made = sum(row["seed"] in seeds and row["update"] > 0 for row in rows)
+    print(f"\n{made} of {asked} updates made")
+    sys.exit("\n".join(faults(rows)) or int(made < asked))
 
 
 def arguments() -> argparse.Namespace:

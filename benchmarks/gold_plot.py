@@ -36,7 +36,7 @@ def by_seed(rows: Sequence[Json]) -> dict[int, list[Json]]:
 
 def gain(base: Json, row: Json) -> float:
     """Gold above its start, in standard deviations of the base's replies, of which a share `gold` is good: as the proxy is."""
-    return float((row["gold"] - base["gold"]) / math.sqrt(base["gold"] * (1 - base["gold"])))
+    return float((row["gold"] - base["gold"]) / max(math.sqrt(base["gold"] * (1 - base["gold"])), 1e-3))
 
 
 def gap(base: Json, row: Json) -> float:

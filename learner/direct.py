@@ -61,7 +61,8 @@ class Example:
 
 
 def opinions(judgements: Sequence[Judgement]) -> list[Example]:
-    """Each reply with whether it was liked; of two that were compared the better one was, the other not."""
+    """Each reply with whether it was liked; of two that were compared the better one was, the other not (of a ranking: of the
+    best two)."""
     found: list[Example] = []
     for one, weight in zip(judgements, weigh(judgements, RewardConfig()), strict=True):
         if one.kind == "signal":  # what somebody did is no opinion
@@ -215,4 +216,5 @@ class Direct(Improver):
 
     @torch.no_grad()
     def log_ratio(self, part: Batch) -> Tensor:
+        """h of the rows of one group, [B]."""
         return (self.model.logprobs(part, POLICY) - self.model.logprobs(part, None)).sum(1)

@@ -139,6 +139,7 @@ class Improver:
         self.policy.load(blend(kept[report.kept - 1], kept[report.kept], min(max(share, 0.0), 1.0)))
 
     def minibatches(self, experience: Experience) -> Iterator[list[int]]:
+        """The rows of each minibatch of one pass, in random order."""
         order = list(range(len(experience.old_BT)))
         self.random.shuffle(order)
         for start in range(0, len(order), self.config.minibatch):
@@ -146,6 +147,7 @@ class Improver:
             yield order[start : start + self.config.minibatch]
 
     def learn_from(self, experience: Experience) -> dict[str, float]:
+        """The batch's steps. Their figures: `moved` (k3 at the last, nats a token), `epochs`, `loss` and `clipped` (means)."""
         steps: list[Step] = []
         epochs = 0
         for _ in range(self.objective.epochs):

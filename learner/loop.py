@@ -1,8 +1,8 @@
 """The learner's loop: from feedback in the log to a version that the release names.
 
     absorb ──▶ enough new judgements? ──▶ train and judge ──────▶ publish ─────────▶ release
-    intake.py  due.py                     update.py: reward.py,   ../serving/        release.py names it;
-    joining.py                            improve.py, gate.py     adapters.py        ../serving/swap.py follows
+    intake.py  due.py                     trainer.py, update.py:  ../serving/        release.py names it;
+    joining.py                            reward, improve, gate   adapters.py        ../serving/swap.py follows
 
 A kill may come between any two lines. Each step looks at what is already so, in the state file, the store and the
 release, and goes on from there; learner/ledger.py draws an update's life.

@@ -48,7 +48,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPO:
-    """A critic, GAE, and a clipped surrogate, so that a batch may be used more than once."""
+    """A critic, GAE, and a clipped surrogate: no step goes far from the policy that made the batch, in one pass or several."""
 
     epochs: int = 1
     gamma: float = 1.0
@@ -68,7 +68,7 @@ class PPO:
 
 
 def a2c(gamma: float, lam: float) -> PPO:
-    """PPO with one epoch and no clip: −Σ ρA ÷ tokens, ρ being 1 but for what the batch's first minibatches moved (2205.09123)."""
+    """PPO in one pass without the clip: −Σ ρA ÷ tokens; ρ is 1 but for what the batch's first minibatches moved (2205.09123)."""
     return PPO(epochs=1, gamma=gamma, lam=lam, clip=math.inf, dual_clip=math.inf)
 
 

@@ -34,14 +34,21 @@ class PPOConfig:
     batches: int = 16
     """At most so many in an update; one more is sampled to see what the last of them brought."""
     lr: float = 1e-3
+    """Of AdamW, at its highest."""
     warmup_steps: int = 4
     """Optimiser steps over which the learning rate rises."""
     gamma: float = 1.0
+    """Discount of a reward one token later."""
     lam: float = 0.95
+    """λ of GAE: 0 trusts the values, 1 the returns."""
     clip: float = 0.2
+    """The ratio pays no further than this from 1."""
     dual_clip: float = 3.0
+    """And costs no more than so many times the advantage, where that is below 0."""
     score_clip: float = 5.0
+    """Bound of the score on both sides, in standard deviations of the reference's."""
     missing_eos_penalty: float = 1.0
+    """Off the score of a reply that was cut at the limit."""
     repetition_penalty: float = 5.0
     """Times the share of four-token phrases that were said before in the reply: nothing is to be gained by saying it twice."""
     beta: float = 0.1
@@ -56,6 +63,7 @@ class PPOConfig:
     kl_limit: float = 2.0
     """Nats a reply, on fresh samples, at which the update ends."""
     kl_horizon: float = 20.0
+    """Batches over which a full error would double the price."""
     step_limit: float = 0.02
     """Nats a token (k3) between the rollouts' policy and the new one, at which a batch's epochs end."""
     kl_price: float = 0.05
@@ -65,6 +73,7 @@ class PPOConfig:
     max_mean_ratio: float = 10.0
     """A minibatch whose mean ratio is above this is skipped."""
     grad_clip: float = 1.0
+    """Largest norm of a step's gradient."""
     micro_tokens: int = 1024
     """Padded tokens of one forward pass."""
 

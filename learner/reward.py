@@ -67,6 +67,7 @@ class RewardReport:
         return 0.0 if self.auroc is None else self.auroc - z * self.auroc_error
 
     def to_json(self) -> dict[str, Any]:
+        """By field, as the update's report has it."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 

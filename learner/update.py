@@ -247,6 +247,7 @@ class Round:
         return gate.no_worse(gain, float(gain_B.std()) / math.sqrt(len(gain_B)))
 
     def candidate(self, checks: Sequence[gate.Check]) -> Candidate:
+        """The policy as it is now, with everything that is known of it."""
         weights, verdict = self.model.adapter(POLICY).weights(), GateReport.of(checks)
         return Candidate(weights, self.report, verdict, self.exhibits, self.left_out)
 

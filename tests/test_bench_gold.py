@@ -124,6 +124,14 @@ def test_a_run_cut_short_goes_on_where_it_was_and_ends_the_same(
     assert [{thumb["version"] for thumb in thumbs} for thumbs in heard] == [{0}, {1}, {1}]
 
 
+def test_what_was_not_measured_is_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, tmp_path, 0) == "1"
+    assert "0 of 30 updates made" in capsys.readouterr().out
+    assert not (tmp_path / "gold.jsonl").exists()
+
+
 def row(seed: int, update: int, gold: float, proxy: float = 0.0, released: bool = True) -> Json:
     return {
         "seed": seed, "update": update, "gold": gold, "error": 0.03, "proxy": proxy, "released": released and update > 0,

@@ -10,6 +10,7 @@ import torch
 
 from learner import ppo
 from learner.live import LARGEST_WEIGHT, STALEST, Live, LiveReply, served
+from learner.model import Batch
 from learner.rollouts import Rollout
 from learner.state import State
 from tests.test_update import PROMPTS, SMALL, improver
@@ -123,6 +124,18 @@ def test_at_most_its_share_of_a_batch_is_live() -> None:
     assert all(batch.get("live", 0) <= 0.25 * SMALL.rollouts for batch in report.batches)
     assert report.batches[0]["live"] == int(0.25 * SMALL.rollouts)
     assert found.collector.live.report()["used"] == sum(batch.get("live", 0) for batch in report.batches)
+
+
+def test_what_is_only_looked_at_keeps_no_graph() -> None:
+    found = improver()
+    batch = Batch.of(found.collector.sampler.sample(PROMPTS, None, 0))
+
+    def learns() -> list[bool]:
+        return [on for _, on in found.steps.each(lambda *_: torch.is_grad_enabled(), batch)]
+
+    assert all(learns())
+    with torch.no_grad():
+        assert not any(learns())
 
 
 def test_an_objective_that_compares_replies_to_one_prompt_takes_none() -> None:

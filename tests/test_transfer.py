@@ -16,6 +16,7 @@ from feedback.events import EXCHANGES, FEEDBACK, Exchange, Feedback
 from feedback.log import open_log
 from feedback.raters import crowd
 from learner.config import LearnerConfig
+from learner.prepare import NOBODYS
 from learner.state import State
 from learner.trainer import Trainer
 from learner.update import Round
@@ -85,6 +86,7 @@ def said(chat: Chat, base: str, replies: list[tuple[str, str, bool]]) -> Iterato
         value = rater.thumb(prompt, reply)
         yield feedback(f"f{number}", f"r{number}", value=float(value or 0), user=rater.user, at=NOW + number)
     yield feedback("pair", "r0", "r100", kind="preference", user="ann")
+    yield feedback("copied", "r1", kind="signal", signal="copied")
 
 
 def test_what_was_said_of_another_bases_replies_is_learned_in_ones_own_tokens(
@@ -99,7 +101,8 @@ def test_what_was_said_of_another_bases_replies_is_learned_in_ones_own_tokens(
         assert state.prompts(9) == []
     round_ = Round(trainer, judgements, [], None, 0, (), lambda *_: None)
     assert round_.report["feedback"]["dropped"] == {"unusable": 1}
-    assert round_.report["feedback"]["of_other_bases"] == len(round_.judgements) == JUDGED + 1
+    said = [one for one in round_.judgements if one.feedback_id != NOBODYS]
+    assert round_.report["feedback"]["of_other_bases"] == len(said) == JUDGED + 2
     by_id = {one.reply.reply_id: one.reply for one in round_.judgements}
     assert [chat.decode(by_id[f"r{n}"].reply_ids) for n in range(JUDGED)] == [reply for _, reply, _ in replies]
     assert [by_id[f"r{n}"].reply_ids[-1] in chat.eos_ids for n in range(JUDGED)] == [ended for *_, ended in replies]
@@ -123,7 +126,7 @@ def test_a_new_base_learns_from_old_ratings_at_once_and_speaks(data: Path, model
         report = policy(server)
         assert report["why"] is None, report
         assert (report["current"], report["last_update"]["version"]) == ("v2", "v2")
-        assert report["last_update"]["report"]["feedback"]["of_other_bases"] == JUDGED + 1
+        assert report["last_update"]["report"]["feedback"]["of_other_bases"] == JUDGED + 2
         manifest = learner.store.manifest(2)
         assert (manifest.base, manifest.parent) == (learner.trainer.base.fingerprint, 0)
         server.until(lambda: policy(server)["speaking"] == "v2")

@@ -18,7 +18,7 @@ from learner import checkpoint, gate, improve, update
 from learner.config import LearnerConfig
 from learner.exhibits import looked_at
 from learner.improve import Improver, PolicyReport, blend
-from learner.judgement import Judgement, Sample, Tokens
+from learner.judgement import Judgement, Sample, Tokens, key_of
 from learner.model import LearnerModel
 from learner.recipe import PPOConfig, learning_rate, ppo_config
 from learner.rollouts import Prompt, Rollout, Sampler, shuffled
@@ -308,6 +308,29 @@ def thumbs(trainer: Trainer, count: int = 80, always: float | None = None) -> li
 
 def learn(trainer: Trainer, judgements: Sequence[Judgement], parent: AdapterWeights | None = None) -> Candidate:
     return trainer.learn(judgements, asked(trainer), parent=parent, seed=1, progress=lambda *_: None)
+
+
+def test_a_round_remembers_of_a_reply_what_the_bare_base_makes_of_it(trainer: Trainer) -> None:
+    rollouts = trainer.sampler.sample(asked(trainer), None, 0)
+    expected = trainer.states(rollouts)
+    trainer.model.adapter(POLICY).load(bases.adapter(trainer.model.base, rank=4, scaling=0.3))
+    trainer.remembered = {}
+    try:
+        assert trainer.mean_kl(rollouts) > 0.01  # fills it, with the policy moved
+        assert trainer.remembered.keys() == {key_of(one) for one in rollouts}
+        torch.testing.assert_close(trainer.states(rollouts), expected, rtol=1e-4, atol=1e-5)
+    finally:
+        trainer.remembered = None
+
+
+def test_a_round_that_breaks_leaves_nothing_remembered(trainer: Trainer) -> None:
+    def broken(phase: str, *_: Any) -> None:
+        if phase == "rollouts":
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.learn(thumbs(trainer), asked(trainer), parent=None, seed=1, progress=broken)
+    assert trainer.remembered is None
 
 
 def test_a_round_brings_a_candidate_a_report_and_a_verdict(trainer: Trainer) -> None:
