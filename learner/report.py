@@ -8,7 +8,7 @@ from typing import Any
 
 from feedback.events import Release
 from learner.ledger import Ledger, Update
-from learner.state import LEARNED_FROM, LIVE, State
+from learner.state import LEARNED_FROM, State, live
 
 
 def policy_report(
@@ -73,7 +73,7 @@ def liked(state: State) -> dict[str, dict[str, float]]:
         "SELECT e.version, avg(CASE f.kind WHEN 'thumb' THEN f.value = 1 ELSE f.value >= 4 END), count(*)"
         " FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
         " WHERE f.status = 'joined' AND f.kind IN ('thumb', 'rating') AND f.aspect = 'overall'"
-        f" AND f.policy = :policy AND f.base = :base AND {LIVE} GROUP BY e.version ORDER BY e.version",
+        f" AND f.policy = :policy AND f.base = :base AND {live('e')} GROUP BY e.version ORDER BY e.version",
         state.line,
     )
     return {f"v{version}": {"share": round(share, 4), "count": count} for version, share, count in rows}

@@ -45,11 +45,12 @@ STARTS = (
 )
 
 
-# of the exchange in table e: a version of ours said it (Exchange.live)
-LIVE = (
-    "NOT EXISTS (SELECT 1 FROM exchanges AS i INDEXED BY imported"
-    " WHERE i.reply_id = e.reply_id AND json_extract(i.event, '$.source') = 'imported')"
-)
+def live(exchange: str) -> str:
+    """Of the exchange in this table: a version of ours said it (Exchange.live)."""
+    return (
+        "NOT EXISTS (SELECT 1 FROM exchanges AS i INDEXED BY imported"
+        f" WHERE i.reply_id = {exchange}.reply_id AND json_extract(i.event, '$.source') = 'imported')"
+    )
 
 
 class State:
@@ -203,7 +204,7 @@ class State:
         waiting = self.db.execute(
             "SELECT f.id, f.at, s.version FROM stories s JOIN feedback f ON f.id = s.feedback_id"
             " JOIN exchanges e ON e.reply_id = f.reply_id"
-            f" WHERE s.status = 'in_version' AND f.fresh_s IS NULL AND {LIVE}"
+            f" WHERE s.status = 'in_version' AND f.fresh_s IS NULL AND {live('e')}"
         ).fetchall()
         seconds: dict[str, float] = {}
         for feedback_id, accepted, version in waiting:
@@ -304,17 +305,18 @@ class State:
 def _sample_of(exchange: str) -> str:
     """The columns that `_sample` takes of the exchange in this table."""
     columns = ", ".join(f"{exchange}.{name}" for name in ("reply_id", "prompt_ids", "reply_ids", "version"))
-    said = f"json_extract({exchange}.event, '$.content.messages', '$.content.reply', '$.finish_reason')"
-    return f"{columns}, {LIVE.replace('e.', f'{exchange}.')}, iif({exchange}.base = :base, NULL, {said})"
+    what = "'$.content.messages', '$.content.reply', '$.finish_reason', '$.sampling.stop'"
+    return f"{columns}, {live(exchange)}, iif({exchange}.base = :base, NULL, json_extract({exchange}.event, {what}))"
 
 
-def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int, live: int, said: str | None) -> Sample:
-    """`said`: messages, reply and why it ended, where another base replied."""
+def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int, ours: int, said: str | None) -> Sample:
+    """`said`: messages, reply, why it ended and the texts that may have cut it, where another base replied."""
     ids = tuple(json.loads(prompt_ids)), tuple(json.loads(reply_ids))
     if said is None:
-        return Sample(reply_id, *ids, version, None, bool(live))
-    messages, text, reason = json.loads(said)
-    return Sample(reply_id, *ids, version, _words(messages, text, ended=reason == "stop"), bool(live))
+        return Sample(reply_id, *ids, version, None, bool(ours))
+    messages, text, reason, stop = json.loads(said)
+    ended = reason == "stop" and not stop  # what a stop text cut has no end of its own
+    return Sample(reply_id, *ids, version, _words(messages, text, ended=ended), bool(ours))
 
 
 def _words(messages: Sequence[Any], text: str | None, *, ended: bool = True) -> Words:

@@ -208,9 +208,10 @@ def test_replies_of_another_base_are_judged_in_words(state: State):
             exchange("own"),
             exchange("other", base="another", prompt="hi", reply="well", version=7),
             exchange("cut", base="a third", reply="we", finish_reason="length"),
+            exchange("stopped", base="a third", reply="we", stop=("\n",)),
             feedback("thumb", "other"),
             feedback("pair", "own", "other", kind="preference", at=NOW + 1),
-            feedback("order", "cut", "own", "other", kind="ranking", at=NOW + 2),
+            feedback("order", "cut", "stopped", "own", "other", kind="ranking", at=NOW + 2),
             feedback("edit", "other", kind="correction", text="better", at=NOW + 3),
         ),
         NOW,
@@ -219,7 +220,7 @@ def test_replies_of_another_base_are_judged_in_words(state: State):
     thumb, pair, order, edit = state.judgements()
     assert thumb.reply == Sample("other", (1, 2, 3), (4, 5), 7, Words(hi, "well"))
     assert (pair.reply.words, pair.other) == (None, thumb.reply)
-    assert [one.words and one.words.ended for one in order.ranked] == [False, None, True]
+    assert [one.words and one.words.ended for one in order.ranked] == [False, False, None, True]
     assert (edit.reply, edit.correction) == (thumb.reply, Words(hi, "better"))
     assert state.judgement_count(fresh=True) == 2
     assert state.prompts(9) == [(1, 2, 3)]
