@@ -228,6 +228,19 @@ def test_a_folder_that_is_removed_costs_a_warning(tmp_path: Path, caplog: pytest
     assert "No such file" in caplog.text
 
 
+def test_a_folder_that_cannot_be_tidied_is_told_of_once_an_update(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    board, going = tensorboard(tmp_path), phases()
+    for number in (3, 4):
+        going.number = number
+        # a folder in a file's place: it cannot be unlinked, whoever asks
+        (tmp_path / f"update-{number:06d}" / "events.out.tfevents.0").mkdir(parents=True)
+        for _ in range(3):
+            board.entered(going)
+    assert [message.partition(":")[0] for message in caplog.messages] == ["update 3", "update 4"]
+
+
 def test_a_missing_library_is_told_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(
