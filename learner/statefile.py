@@ -140,6 +140,8 @@ _BASES = """
 CREATE TABLE learned_by (policy TEXT PRIMARY KEY, base TEXT NOT NULL) WITHOUT ROWID;
 INSERT OR REPLACE INTO learned_by
     SELECT policy, base FROM feedback WHERE learned_in > 0 AND policy IS NOT NULL AND base IS NOT NULL ORDER BY learned_in;
+UPDATE feedback SET learned_in = NULL
+    WHERE learned_in > 0 AND base != (SELECT base FROM learned_by l WHERE l.policy = feedback.policy);
 """
 
 # Why the last update did not use what it might have learned from. Of updates of an older Heed nobody knows.
