@@ -151,8 +151,11 @@ class Ledger:
         All feedback is new but what versions that were served (`approved`) have learned from.
         """
         with self.state.transaction() as db:
-            anew = "UPDATE feedback SET learned_in = NULL WHERE learned_in > 0 AND coalesce(policy, :policy) = :policy"
-            db.execute(anew, self.state.line)
+            db.execute(
+                "UPDATE feedback SET learned_in = NULL, left_out = NULL"
+                " WHERE learned_in > 0 AND coalesce(policy, :policy) = :policy",
+                self.state.line,
+            )
             db.execute("INSERT OR REPLACE INTO learned_by VALUES (:policy, :base)", self.state.line)
             for manifest in manifests:
                 number, offsets = number_of(manifest), _offsets(manifest)
