@@ -51,7 +51,7 @@ def feedback_counts(state: State) -> dict[str, Any]:
         "dropped": dropped(state),
         "duplicates": counted.get("duplicate", 0),
         "late": counted.get("late", 0),
-        "learned_from": state.judgement_count(fresh=False),
+        "learned_from": _learned_from(state),
         "new": state.judgement_count(fresh=True),
         "not_learned_from": _not_learned_from(state),
     }
@@ -95,11 +95,18 @@ def _quantile(ordered: list[float], share: float) -> float | None:
     return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
 
 
+def _learned_from(state: State) -> int:
+    """Feedback that counts, but for what the last update left out."""
+    query = f"SELECT count(*) FROM feedback f WHERE {LEARNED_FROM} AND f.left_out IS NULL"
+    number: int = state.db.execute(query, state.line).fetchone()[0]
+    return number
+
+
 def _not_learned_from(state: State) -> dict[str, int]:
     """Joined feedback that is kept and not learned from (yet), by reason."""
     rows = state.db.execute(
-        "SELECT coalesce(untrained, 'other_policy') AS why, count(*) FROM feedback f"
-        f" WHERE status = 'joined' AND NOT coalesce({LEARNED_FROM}, 0) GROUP BY why",
+        "SELECT coalesce(untrained, left_out, 'other_policy') AS why, count(*) FROM feedback f"
+        f" WHERE status = 'joined' AND NOT coalesce({LEARNED_FROM} AND left_out IS NULL, 0) GROUP BY why",
         state.line,
     )
     return dict(rows)
@@ -126,7 +133,7 @@ def _of_update(update: Update) -> Mapping[str, Any]:
         "status": update.status,
         "started": update.started,
         "finished": update.finished,
-        "parent": f"v{update.current}",
+        "parent": f"v{update.parent}",
         "version": None if update.version is None else f"v{update.version}",
         "feedback": update.feedback,
         "why": update.why,

@@ -149,7 +149,13 @@ _LEFT_OUT = """
 ALTER TABLE feedback ADD COLUMN left_out TEXT;
 """
 
-SCRIPTS = (_TABLES, _PARTITIONS, _EVERY_KIND, _BASES, _LEFT_OUT)
+# The version that an update went on from, which was the released one unless its base did not speak that.
+_PARENTS = """
+ALTER TABLE updates ADD COLUMN parent INTEGER NOT NULL DEFAULT 0;
+UPDATE updates SET parent = current;
+"""
+
+SCRIPTS = (_TABLES, _PARTITIONS, _EVERY_KIND, _BASES, _LEFT_OUT, _PARENTS)
 """What makes each schema from the one before it; the first, from nothing."""
 
 STATE_SCHEMA = len(SCRIPTS)

@@ -38,7 +38,7 @@ def why(heed: Heed, one: str, **variables: str) -> dict[str, Any]:
 def learn(state: State, **left_out: str) -> None:
     """An update over all that is fresh, but for what is left out; released as v1 and served."""
     ledger = Ledger(state)
-    update = ledger.begin(current=0, above=0, now=NOW + 20)
+    update = ledger.begin(current=0, parent=0, above=0, now=NOW + 20)
     ledger.used(update, {one.feedback_id: left_out.get(one.feedback_id) for one in state.judgements()})
     learned = Learned({}, {}, {"in_reward_model": NOW + 25, "in_update": NOW + 30})
     ledger.released(ledger.published(update, 1, learned), NOW + 39)

@@ -163,7 +163,7 @@ def test_event_files_hold_each_batch_and_each_update(tmp_path: Path) -> None:
     going.batches.append({"kl": 1.5})
     board.batch(going)
     report = {"reward": {"auroc": 0.75}, "seconds": {"ppo": 9.0}}
-    board.learned(Update(3, "published", 0.0, None, 0, {}, 50, 1, None, report, None))
+    board.learned(Update(3, "published", 0.0, None, 0, 0, {}, 50, 1, None, report, None))
     board.over()
     board.over()
     batches = scalars(tmp_path / "runs" / "update-000003")
@@ -206,7 +206,7 @@ def test_a_full_disk_costs_a_warning_and_the_rest_of_the_updates_curves(
             going.batches.append(BATCH)
             board.batch(going)
         assert 0 < len(scalars(disk.folder / "runs" / "update-000003")) < 400 * len(BATCH)
-        board.learned(Update(3, "refused", 0.0, None, 0, {}, 50, None, None, {"reward": {"auroc": 0.75}}, None))
+        board.learned(Update(3, "refused", 0.0, None, 0, 0, {}, 50, None, None, {"reward": {"auroc": 0.75}}, None))
         [warning] = caplog.messages
         assert warning.startswith("update 3: nothing more of it is written for TensorBoard: [Errno 28]")
         disk.make_room()
