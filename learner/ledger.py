@@ -16,7 +16,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from learner.state import LEARNED_FROM, State
+from learner.material import LEARNED_FROM
+from learner.state import State
 
 if TYPE_CHECKING:
     from serving.adapters import Manifest

@@ -21,8 +21,9 @@ from statistics import fmean
 
 from feedback.events import Exchange
 from learner.evaluation import Key
+from learner.material import live
 from learner.rollouts import Rollout
-from learner.state import State, live
+from learner.state import State
 
 STALEST = 4
 """Versions that a reply's own may be behind the newest."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from feedback.events import Release
 from learner.ledger import Ledger, Update
-from learner.state import LEARNED_FROM, State, live
+from learner.material import LEARNED_FROM, live
+from learner.state import State
 
 
 def policy_report(

@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from feedback.board import Story
-from feedback.events import SCHEMA, Message
+from feedback.events import SCHEMA
 from feedback.keeping import EVERYTHING, Keep
 from feedback.log import Record
 from learner.joining import Joiner
-from learner.judgement import Judgement, Sample, Words
+from learner.judgement import Judgement
+from learner.material import LEARNED_FROM, judgements, live, prompts
 from learner.statefile import open_state
 
 
@@ -36,21 +36,11 @@ class StoryLine:
     step: Story
 
 
-# of the feedback in table f: it counts now, and the reward model of this policy learns from it
-LEARNED_FROM = "f.status = 'joined' AND f.untrained IS NULL AND f.policy = :policy"
-# of those: what starts an update when enough of it is new
+# of the feedback that is learned from: what starts an update when enough of it is new
 STARTS = (
     "f.kind IN ('thumb', 'rating', 'preference') AND f.learned_in IS NULL"
     " AND f.aspect NOT IN (SELECT value FROM json_each(:weightless))"
 )
-
-
-def live(exchange: str) -> str:
-    """Of the exchange in this table: a version of ours said it (Exchange.live)."""
-    return (
-        "NOT EXISTS (SELECT 1 FROM exchanges AS i INDEXED BY imported"
-        f" WHERE i.reply_id = {exchange}.reply_id AND json_extract(i.event, '$.source') = 'imported')"
-    )
 
 
 class State:
@@ -156,24 +146,11 @@ class State:
 
         Signals come last there: a page may send one with every click.
         """
-        rows = self.db.execute(
-            "SELECT f.id, f.kind, f.user, f.value, f.at, f.aspect, f.event,"
-            " iif(f.kind = 'correction', json_extract(e.event, '$.content.messages'), '[]'),"
-            f" {_sample_of('e')}, {_sample_of('o')} FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
-            " LEFT JOIN exchanges o ON o.reply_id = f.other_id"
-            f" WHERE {LEARNED_FROM} ORDER BY f.kind = 'signal', f.at DESC, f.id DESC LIMIT :most",
-            {**self.line, "most": most},
-        ).fetchall()
-        return sorted(map(self._judgement, rows), key=lambda one: (one.at, one.feedback_id))
+        return judgements(self.db, self.line, most)
 
     def prompts(self, most: int) -> list[tuple[int, ...]]:
         """Token ids of the distinct prompts that people sent to this base, the newest first, at most so many."""
-        rows = self.db.execute(
-            "SELECT prompt_ids FROM exchanges WHERE policy = :policy AND base = :base"
-            " GROUP BY prompt_ids ORDER BY max(at) DESC, max(reply_id) DESC LIMIT :most",
-            {**self.line, "most": most},
-        )
-        return [tuple(json.loads(ids)) for (ids,) in rows]
+        return prompts(self.db, self.line, most)
 
     def untold(self, most: int = 1000) -> list[StoryLine]:
         """Lines of stories that the board has not been told yet."""
@@ -240,31 +217,6 @@ class State:
         lines = sorted(json.dumps(row) for rows in (fates, counted) for row in rows)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def _judgement(self, row: Sequence[Any]) -> Judgement:
-        id_, kind, user, value, at, aspect, event, messages, *pair = row
-        said = json.loads(event)
-        return Judgement(
-            id_,
-            kind,
-            user,
-            1.0 if value is None else value,
-            _sample(*pair[:6]),
-            None if pair[6] is None else _sample(*pair[6:]),
-            at,
-            aspect,
-            signal=said.get("signal"),
-            correction=_words(json.loads(messages), said["content"].get("text")) if kind == "correction" else None,
-            ranked=self._samples(said["reply_ids"]) if kind == "ranking" else (),
-        )
-
-    def _samples(self, reply_ids: Sequence[str]) -> tuple[Sample, ...]:
-        rows = self.db.execute(
-            f"SELECT {_sample_of('e')} FROM json_each(:named) named"
-            " JOIN exchanges e ON e.reply_id = named.value ORDER BY named.key",
-            {**self.line, "named": json.dumps(reply_ids)},
-        )
-        return tuple(_sample(*row) for row in rows)
-
     def _oldest_that_fits(self) -> float:
         """The time from which on all exchanges and feedback fit the size that is kept."""
         sizes = "SELECT at, size FROM exchanges UNION ALL SELECT at, size FROM feedback"
@@ -300,24 +252,3 @@ class State:
         query = f"SELECT count(*) FROM feedback f WHERE {LEARNED_FROM} {condition}"
         number: int = self.db.execute(query, self.line).fetchone()[0]
         return number
-
-
-def _sample_of(exchange: str) -> str:
-    """The columns that `_sample` takes of the exchange in this table."""
-    columns = ", ".join(f"{exchange}.{name}" for name in ("reply_id", "prompt_ids", "reply_ids", "version"))
-    what = "'$.content.messages', '$.content.reply', '$.finish_reason', '$.sampling.stop'"
-    return f"{columns}, {live(exchange)}, iif({exchange}.base = :base, NULL, json_extract({exchange}.event, {what}))"
-
-
-def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int, ours: int, said: str | None) -> Sample:
-    """`said`: messages, reply, why it ended and the texts that may have cut it, where another base replied."""
-    ids = tuple(json.loads(prompt_ids)), tuple(json.loads(reply_ids))
-    if said is None:
-        return Sample(reply_id, *ids, version, None, bool(ours))
-    messages, text, reason, stop = json.loads(said)
-    ended = reason == "stop" and not stop  # what a stop text cut has no end of its own
-    return Sample(reply_id, *ids, version, _words(messages, text, ended=ended), bool(ours))
-
-
-def _words(messages: Sequence[Any], text: str | None, *, ended: bool = True) -> Words:
-    return Words(tuple(map(Message.model_validate, messages)), text or "", ended)
