@@ -43,7 +43,7 @@ class Learner:
 LEARNERS = {
     learner.name: learner
     for learner in (
-        Learner("heed", None, 1e-3, (5e-4, 1e-3, 2e-3), seeds=3),
+        Learner("heed", None, 2e-3, (5e-4, 1e-3, 2e-3), seeds=3),
         Learner("trl-ppo", "trl==1.12.0", 2e-3, (5e-4, 1e-3, 2e-3), seeds=3),
         Learner("rloo", "trl==1.16.*", 2e-3, (5e-4, 1e-3, 2e-3), seeds=1),
         Learner("kto", "trl==1.16.*", 2e-3, (5e-4, 1e-3, 2e-3), seeds=1),

@@ -43,7 +43,7 @@ LEFT_OUT = {
 def run(feedback_or_reply: str, config: LearnerConfig, console: Console, as_json: bool) -> None:
     """Print the story. Raises NotDone for an id that the learner does not know."""
     with reading(config) as db:
-        found = story_of(db, feedback_or_reply, config.serving.feedback.policy)
+        found = story_of(db, feedback_or_reply, config)
     if found is None:
         raise NotDone(
             f"the learner knows no feedback and no reply {feedback_or_reply}. It may not have read it yet (is it running?), "
@@ -52,10 +52,10 @@ def run(feedback_or_reply: str, config: LearnerConfig, console: Console, as_json
     print(json.dumps(found)) if as_json else console.print(_page(found))
 
 
-def story_of(db: sqlite3.Connection, one: str, policy: str) -> Json | None:
+def story_of(db: sqlite3.Connection, one: str, config: LearnerConfig) -> Json | None:
     """`{"feedback": […]}` with one story a feedback, and the `reply` where a reply's id was given; None if unknown."""
     if db.execute("SELECT 1 FROM feedback WHERE id = ?", (one,)).fetchone():
-        return {"feedback": [_feedback(db, one, policy)]}
+        return {"feedback": [_feedback(db, one, config)]}
     named = db.execute(
         "SELECT id FROM feedback f WHERE reply_id = :one OR other_id = :one OR (kind = 'ranking'"
         " AND :one IN (SELECT value FROM json_each(f.event, '$.reply_ids'))) ORDER BY rowid",
@@ -64,15 +64,15 @@ def story_of(db: sqlite3.Connection, one: str, policy: str) -> Json | None:
     reply = _reply(db, one)
     if not named and reply is None:
         return None
-    return {"reply": reply, "feedback": [_feedback(db, feedback_id, policy) for (feedback_id,) in named]}
+    return {"reply": reply, "feedback": [_feedback(db, feedback_id, config) for (feedback_id,) in named]}
 
 
-def _feedback(db: sqlite3.Connection, feedback_id: str, policy: str) -> Json:
+def _feedback(db: sqlite3.Connection, feedback_id: str, config: LearnerConfig) -> Json:
     row = db.execute("SELECT * FROM feedback WHERE id = ?", (feedback_id,))
     values = dict(zip([column[0] for column in row.description], row.fetchone(), strict=True))
     event = Feedback.model_validate_json(values["event"])
     history = _history(db, values)
-    why_not = _why_not(values, event, policy)
+    why_not = _why_not(values, event, config)
     return {
         "id": feedback_id,
         "kind": event.kind,
@@ -102,9 +102,9 @@ def _history(db: sqlite3.Connection, values: Mapping[str, Any]) -> list[Story]:
     return steps
 
 
-def _why_not(values: Mapping[str, Any], event: Feedback, policy: str) -> str | None:
+def _why_not(values: Mapping[str, Any], event: Feedback, config: LearnerConfig) -> str | None:
     """Why it does not count, in a sentence; None where it does, whatever base model replied."""
-    status, reason = values["status"], values["reason"] or ""
+    status, reason, policy = values["status"], values["reason"] or "", config.serving.feedback.policy
     if status == "pending":
         return f"it waits for {', '.join(event.reply_ids)}, which the learner has not read yet"
     if status == "superseded":
@@ -121,7 +121,7 @@ def _why_not(values: Mapping[str, Any], event: Feedback, policy: str) -> str | N
         return f"it is about a reply of the policy {values['policy']}, and this is {policy}"
     if values.get("left_out") is not None:  # a file of an older Heed has no such column
         return f"the last update left it out: {LEFT_OUT.get(values['left_out'], values['left_out'])}"
-    return None
+    return LEFT_OUT["aspect"] if event.aspect in config.weightless else None
 
 
 def _learned_in(values: Mapping[str, Any], history: Sequence[Story]) -> int | None:

@@ -16,7 +16,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from learner.state import LEARNED_FROM, State
+from learner.material import LEARNED_FROM
+from learner.state import State
 
 if TYPE_CHECKING:
     from serving.adapters import Manifest
@@ -34,9 +35,11 @@ class Update:
     finished: float | None
     current: int
     """The version that was released when it began: what its candidate replaces."""
+    parent: int
+    """The version that it goes on from: that one, unless this base does not speak it."""
     offsets: Json
     feedback: int
-    """How many judgements it learned from."""
+    """How many judgements it learned from; while it runs, how many there are."""
     version: int | None
     why: str | None
     """Why it shipped nothing, in a sentence."""
@@ -60,22 +63,26 @@ class Ledger:
     def __init__(self, state: State) -> None:
         self.state = state
 
-    def begin(self, *, current: int, above: int, now: float) -> Update:
+    def begin(self, *, current: int, parent: int, above: int, now: float) -> Update:
         """Open an update over all judgements that count now, or the interrupted one anew.
 
-        `above` is the highest number that the store's versions know, so that a state made anew repeats none.
+        `above` is the highest number that the store's versions know, whatever their base: it is not given again, neither by
+        a state made anew nor to an update that was cut short when it had made a version, for another base than this.
         """
         offsets = self.state.offsets()
         with self.state.transaction() as db:
-            running = db.execute("SELECT number FROM updates WHERE status = 'running'").fetchone()
+            running = "SELECT number FROM updates WHERE status = 'running'"
+            db.execute(f"UPDATE feedback SET learned_in = NULL WHERE learned_in IN ({running})")
+            (interrupted,) = db.execute(running).fetchone() or (0,)
+            db.execute("DELETE FROM updates WHERE status = 'running'")
             highest = db.execute("SELECT coalesce(max(number), 0) FROM updates").fetchone()[0]
-            number = running[0] if running else max(highest, above) + 1
+            number = interrupted if interrupted > above else max(highest, above) + 1
             self._mark_learned(number)
             count = self.state.judgement_count(fresh=False)
             db.execute(
-                "INSERT OR REPLACE INTO updates (number, status, started, current, offsets, feedback)"
-                " VALUES (?, 'running', ?, ?, ?, ?)",
-                (number, now, current, json.dumps(offsets), count),
+                "INSERT INTO updates (number, status, started, current, parent, offsets, feedback)"
+                " VALUES (?, 'running', ?, ?, ?, ?, ?)",
+                (number, now, current, parent, json.dumps(offsets), count),
             )
         return self[number]
 
@@ -93,7 +100,7 @@ class Ledger:
         """The update that is running or waits to be released."""
         return self._one("WHERE status IN ('running', 'published')")
 
-    def used(self, update: Update, given: Mapping[str, str | None]) -> None:
+    def used(self, update: Update, given: Mapping[str, str | None]) -> Update:
         """Of the feedback that the trainer was given: why it was left out, None where it was used. The rest was too much."""
         with self.state.transaction() as db:
             db.execute(
@@ -105,6 +112,9 @@ class Ledger:
                 "UPDATE feedback SET left_out = ?1 WHERE id = ?2 AND left_out IS NOT ?1",
                 [(reason, feedback_id) for feedback_id, reason in given.items()],
             )
+            count = sum(reason is None for reason in given.values())
+            db.execute("UPDATE updates SET feedback = ? WHERE number = ?", (count, update.number))
+        return self[update.number]
 
     def refused(self, update: Update, learned: Learned, why: str, now: float) -> Update:
         """The gate said no."""
@@ -148,22 +158,28 @@ class Ledger:
         """For a state made anew from the log, or of another base: the updates that this base's versions came from, oldest
         first.
 
-        All feedback is new but what versions that were served (`approved`) have learned from.
+        All feedback is new but what versions that were served (`approved`) have learned from. What was too much for an update
+        its manifest does not say: the stories of a state made anew have it as used.
         """
         with self.state.transaction() as db:
-            anew = "UPDATE feedback SET learned_in = NULL WHERE learned_in > 0 AND coalesce(policy, :policy) = :policy"
-            db.execute(anew, self.state.line)
+            db.execute(
+                "UPDATE feedback SET learned_in = NULL, left_out = NULL"
+                " WHERE learned_in > 0 AND coalesce(policy, :policy) = :policy",
+                self.state.line,
+            )
             db.execute("INSERT OR REPLACE INTO learned_by VALUES (:policy, :base)", self.state.line)
             for manifest in manifests:
                 number, offsets = number_of(manifest), _offsets(manifest)
                 served = manifest.version in approved
                 db.execute(
-                    "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
+                    "INSERT OR IGNORE INTO updates (number, status, started, finished, current, parent, offsets, feedback,"
+                    " version, report, gate) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         number,
                         "released" if served else "passed_over",
                         manifest.created,
                         manifest.created,
+                        manifest.parent,
                         manifest.parent,
                         json.dumps(offsets),
                         manifest.feedback.get("count", 0),
@@ -174,6 +190,7 @@ class Ledger:
                 )
                 if served:
                     self._mark_learned(number, up_to=offsets)
+                    self._leave_out(_left_out(manifest))
                     reached = dict.fromkeys(("in_reward_model", "in_update", "in_version"), manifest.created)
                     self._tell(number, reached, manifest.version)
 
@@ -183,6 +200,16 @@ class Ledger:
         self.state.db.execute(
             f"UPDATE feedback AS f SET learned_in = :number WHERE {LEARNED_FROM} AND learned_in IS NULL {bound}",
             {**self.state.line, "number": number, "up_to": json.dumps(up_to)},
+        )
+
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
+        """All that the updates before an adopted one had left out it used, but for this."""
+        self.state.db.execute(
+            "UPDATE feedback SET left_out = NULL WHERE left_out IS NOT NULL AND policy = :policy", self.state.line
+        )
+        self.state.db.executemany(
+            "UPDATE feedback SET left_out = ? WHERE id = ?",
+            [(why, feedback_id) for feedback_id, why in reasons.items()],
         )
 
     def _close(self, update: Update, status: str, finished: float | None, **columns: object) -> None:
@@ -203,19 +230,20 @@ class Ledger:
 
     def _one(self, where: str, *values: object) -> Update | None:
         row = self.state.db.execute(
-            "SELECT number, status, started, finished, current, offsets, feedback, version, why, report, gate"
+            "SELECT number, status, started, finished, current, parent, offsets, feedback, version, why, report, gate"
             f" FROM updates {where} ORDER BY number DESC LIMIT 1",
             values,
         ).fetchone()
         if row is None:
             return None
-        number, status, started, finished, current, offsets, feedback, version, why, report, gate = row
+        number, status, started, finished, current, parent, offsets, feedback, version, why, report, gate = row
         return Update(
             number=number,
             status=status,
             started=started,
             finished=finished,
             current=current,
+            parent=parent,
             offsets=_parsed(offsets) or {},
             feedback=feedback,
             version=version,
@@ -236,6 +264,12 @@ def _offsets(manifest: Manifest) -> dict[str, int]:
     offsets = manifest.feedback.get("offsets")
     found = offsets.items() if isinstance(offsets, dict) else ()
     return {partition: offset for partition, offset in found if isinstance(offset, int)}
+
+
+def _left_out(manifest: Manifest) -> dict[str, str]:
+    left_out = manifest.feedback.get("left_out")
+    found = left_out.items() if isinstance(left_out, dict) else ()
+    return {feedback_id: why for feedback_id, why in found if isinstance(why, str)}
 
 
 def _parsed(text: str | None) -> Json | None:

@@ -21,8 +21,9 @@ from statistics import fmean
 
 from feedback.events import Exchange
 from learner.judgement import Key, key_of
+from learner.material import live
 from learner.rollouts import Rollout
-from learner.state import LIVE, State
+from learner.state import State
 
 STALEST = 4
 """Versions that a reply's own may be behind the newest."""
@@ -51,7 +52,7 @@ class LiveReply:
 def served(state: State, most: int, current: int) -> list[LiveReply]:
     """The newest replies of this policy and base that people were served. `current`: the version that is served now."""
     rows = state.db.execute(
-        f"SELECT event FROM exchanges e WHERE policy = :policy AND base = :base AND {LIVE}"
+        f"SELECT event FROM exchanges e WHERE policy = :policy AND base = :base AND {live('e')}"
         " ORDER BY at DESC, reply_id DESC LIMIT :most",
         {**state.line, "most": most},
     )

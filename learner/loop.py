@@ -25,7 +25,7 @@ from learner.config import LearnerConfig
 from learner.due import Due
 from learner.figures import jsonable
 from learner.intake import Intake
-from learner.ledger import Learned, Ledger, Update, number_of
+from learner.ledger import Learned, Ledger, Update
 from learner.live import served
 from learner.metrics import LearnerMetrics
 from learner.notices import Notices
@@ -47,6 +47,8 @@ JUDGEMENTS = 4096
 model's time grows, learner/prepare.py says."""
 PROMPTS = 4096
 """Rollouts are made from at most so many of the newest distinct prompts."""
+LIVE = 4096
+"""At most so many of the newest replies that people were served may be experience."""
 POLL_S = 0.25
 GATHER_S = 0.05
 """After a hint, so that what comes in quick succession is absorbed together."""
@@ -141,6 +143,7 @@ class Learner:
         candidate = self.learn(update)
         if candidate is None:
             return self.fail(update)
+        update = self.ledger[update.number]  # by now it is known how many judgements were used
         try:
             self.checkpoints.save(update.number, dict(update.offsets))
         except OSError as error:  # nothing leans on it: no reason to train all over again
@@ -185,9 +188,14 @@ class Learner:
 
     def begin(self) -> Update:
         """Open the next update, or the interrupted one anew."""
-        made = [number_of(manifest) for manifest in self.releaser.made_by_updates()]
+        release = self.store.release()
         now = max(self.clock(), self.due.asked_at())  # a wish that is fulfilled stays so, whatever the clock does
-        update = self.ledger.begin(current=self.store.release().current, above=max(made, default=0), now=now)
+        update = self.ledger.begin(
+            current=release.current,
+            parent=self.releaser.speaks(release),
+            above=self.releaser.highest_number(),
+            now=now,
+        )
         self.phases = Phases(update.number, self.clock)
         _log.info("update %d: learning from %d judgements", update.number, update.feedback)
         self.report()
@@ -196,9 +204,8 @@ class Learner:
     def learn(self, update: Update) -> Candidate | None:
         """Let the trainer make a candidate; None when it broke, which ends this update and not the learner."""
         judgements, prompts = self.state.judgements(JUDGEMENTS), self.state.prompts(PROMPTS)
-        parent, seed = self.releaser.weights(update.current), self.config.seed + update.number
-        speaks = self.releaser.parent(update.current)
-        live = served(self.state, JUDGEMENTS, speaks) if self.config.live_share else ()
+        parent, seed = self.releaser.weights(update.parent), self.config.seed + update.number
+        live = served(self.state, LIVE, update.parent) if self.config.live_share else ()
         try:
             with self.stopping.at_once():
                 candidate = self.trainer.learn(
@@ -252,9 +259,14 @@ class Learner:
         learned = self.learned(candidate)
         version = self.store.publish(
             candidate.weights,
-            parent=self.releaser.parent(update.current),
+            parent=update.parent,
             base=self.trainer.base,
-            feedback={"count": update.feedback, "offsets": dict(update.offsets)},
+            feedback={
+                "count": update.feedback,
+                "offsets": dict(update.offsets),
+                # for a state made anew; of what was too much there may be thousands
+                "left_out": {id_: why for id_, why in candidate.left_out.items() if why != "surplus"},
+            },
             update={**learned.report, "number": update.number},
             gate=learned.gate,
             page=lambda version: self.page(update, candidate, version),
@@ -296,7 +308,6 @@ class Learner:
         """The update as a page for people: HTML; None where it cannot be drawn, for which no update is given up."""
         learned = self.learned(candidate)
         try:
-            update = dataclasses.replace(update, current=self.releaser.parent(update.current))
             return update_page(update, version, learned.report, learned.gate, candidate.exhibits, self.clock())
         except Exception:
             _log.exception("update %d: no report can be made of it", update.number)

@@ -88,12 +88,10 @@ def update_page(update: Update, version: int | None, report: Json, gate: Json, e
         _scores(exhibits, report.get("score") or {}),
         _training(report.get("policy"), gate),
         _times(report.get("seconds") or {}),
-        _samples(exhibits, _name(update.current)),
+        _samples(exhibits, _name(update.parent)),
     )
     title = f"Update {update.number}"
-    made = (
-        f"made {_name(version)} from {_name(update.current)}" if version else f"was to replace {_name(update.current)}"
-    )
+    made = f"made {_name(version)} from {_name(update.parent)}" if version else f"was to replace {_name(update.parent)}"
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

@@ -33,7 +33,7 @@ class PPOConfig:
     """By how much what a person said of a served reply moves its score, in standard deviations at a full surprise."""
     batches: int = 16
     """At most so many in an update; one more is sampled to see what the last of them brought."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Of AdamW, at its highest."""
     warmup_steps: int = 4
     """Optimiser steps over which the learning rate rises."""
@@ -51,7 +51,7 @@ class PPOConfig:
     """Off the score of a reply that was cut at the limit."""
     repetition_penalty: float = 5.0
     """Times the share of four-token phrases that were said before in the reply: nothing is to be gained by saying it twice."""
-    beta: float = 0.1
+    beta: float = 0.05
     """Price of a nat, and of the χ² beside it, at the start."""
     chi_share: float = 0.5
     """Weight of the χ² beside the KL in that price: it costs little to say more often what the base says anyway, and much to say
@@ -68,7 +68,7 @@ class PPOConfig:
     """Nats a token (k3) between the rollouts' policy and the new one, at which a batch's epochs end."""
     kl_price: float = 0.05
     """Of the mean score, in standard deviations of the reference's, that a nat a reply must bring to be worth it."""
-    patience: int = 2
+    patience: int = 3
     """Batches that are not clearly worth more than the best before them, after which the update ends."""
     max_mean_ratio: float = 10.0
     """A minibatch whose mean ratio is above this is skipped."""
@@ -92,8 +92,8 @@ def objective_of(config: PPOConfig) -> Objective:
 
 
 def learning_rate(parameters: int) -> float:
-    """1e-3 at two million parameters, falling with the square root of the size: 1e-4 at 200 million, 2e-5 at 7 billion."""
-    return 1e-3 * min(1.0, math.sqrt(2e6 / parameters))
+    """2e-3 at two million parameters, falling with the square root of the size: 2e-4 at 200 million, 3e-5 at 7 billion."""
+    return 2e-3 * min(1.0, math.sqrt(2e6 / parameters))
 
 
 def ppo_config(config: LearnerConfig, parameters: int) -> PPOConfig:

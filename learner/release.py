@@ -57,13 +57,20 @@ class Releaser:
 
     def made_by_updates(self) -> list[Manifest]:
         """Manifests of the versions that updates on this base made, the oldest first."""
+        return [manifest for manifest in self._made() if manifest.base == self.base.fingerprint]
+
+    def highest_number(self) -> int:
+        """Of the updates that made the store's versions, whatever their base."""
+        return max(map(number_of, self._made()), default=0)
+
+    def _made(self) -> list[Manifest]:
         manifests = []
         for version in self.store.versions():
             try:
                 manifest = self.store.manifest(version)
             except BadAdapter:
                 continue  # reported by whoever serves it
-            if manifest.base == self.base.fingerprint and isinstance(manifest.update.get("number"), int):
+            if isinstance(manifest.update.get("number"), int):
                 manifests.append(manifest)
         return manifests
 
@@ -71,12 +78,17 @@ class Releaser:
         """The version that an update made, where it got that far."""
         return next((one for one in self.made_by_updates() if number_of(one) == number), None)
 
-    def parent(self, version: int) -> int:
-        """What a version that would replace this one goes on from: this one, or 0, the base, where it is none of this base's."""
-        try:
-            return version if self.store.manifest(version).base == self.base.fingerprint else 0
-        except BadAdapter:
-            return 0
+    def speaks(self, release: Release) -> int:
+        """The version that a server of this base speaks from its start (serving/swap.py), and training goes on from: the one
+        that is released, or the last good one where that is none of this base's or damaged, or else 0, the base."""
+        for version in dict.fromkeys((release.current, release.last_good)):
+            try:
+                if version:
+                    self.store.verify(version, self.base)
+                return version
+            except BadAdapter as error:
+                _log.warning("training does not go on from what is released: %s", error)
+        return 0
 
     def weights(self, version: int) -> AdapterWeights | None:
         """What training goes on from; None for the base, and where the version does not fit this base."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from feedback.events import Release
 from learner.ledger import Ledger, Update
-from learner.state import LEARNED_FROM, LIVE, State
+from learner.material import LEARNED_FROM, live
+from learner.state import State
 
 
 def policy_report(
@@ -51,7 +52,7 @@ def feedback_counts(state: State) -> dict[str, Any]:
         "dropped": dropped(state),
         "duplicates": counted.get("duplicate", 0),
         "late": counted.get("late", 0),
-        "learned_from": state.judgement_count(fresh=False),
+        "learned_from": _learned_from(state),
         "new": state.judgement_count(fresh=True),
         "not_learned_from": _not_learned_from(state),
     }
@@ -73,7 +74,7 @@ def liked(state: State) -> dict[str, dict[str, float]]:
         "SELECT e.version, avg(CASE f.kind WHEN 'thumb' THEN f.value = 1 ELSE f.value >= 4 END), count(*)"
         " FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
         " WHERE f.status = 'joined' AND f.kind IN ('thumb', 'rating') AND f.aspect = 'overall'"
-        f" AND f.policy = :policy AND f.base = :base AND {LIVE} GROUP BY e.version ORDER BY e.version",
+        f" AND f.policy = :policy AND f.base = :base AND {live('e')} GROUP BY e.version ORDER BY e.version",
         state.line,
     )
     return {f"v{version}": {"share": round(share, 4), "count": count} for version, share, count in rows}
@@ -95,11 +96,18 @@ def _quantile(ordered: list[float], share: float) -> float | None:
     return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
 
 
+def _learned_from(state: State) -> int:
+    """Feedback that counts, but for what the last update left out."""
+    query = f"SELECT count(*) FROM feedback f WHERE {LEARNED_FROM} AND f.left_out IS NULL"
+    number: int = state.db.execute(query, state.line).fetchone()[0]
+    return number
+
+
 def _not_learned_from(state: State) -> dict[str, int]:
     """Joined feedback that is kept and not learned from (yet), by reason."""
     rows = state.db.execute(
-        "SELECT coalesce(untrained, 'other_policy') AS why, count(*) FROM feedback f"
-        f" WHERE status = 'joined' AND NOT coalesce({LEARNED_FROM}, 0) GROUP BY why",
+        "SELECT coalesce(untrained, left_out, 'other_policy') AS why, count(*) FROM feedback f"
+        f" WHERE status = 'joined' AND NOT coalesce({LEARNED_FROM} AND left_out IS NULL, 0) GROUP BY why",
         state.line,
     )
     return dict(rows)
@@ -126,7 +134,7 @@ def _of_update(update: Update) -> Mapping[str, Any]:
         "status": update.status,
         "started": update.started,
         "finished": update.finished,
-        "parent": f"v{update.current}",
+        "parent": f"v{update.parent}",
         "version": None if update.version is None else f"v{update.version}",
         "feedback": update.feedback,
         "why": update.why,

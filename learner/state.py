@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from feedback.board import Story
-from feedback.events import SCHEMA, Message
+from feedback.events import SCHEMA
 from feedback.keeping import EVERYTHING, Keep
 from feedback.log import Record
 from learner.joining import Joiner
-from learner.judgement import Judgement, Sample, Words
+from learner.judgement import Judgement
+from learner.material import LEARNED_FROM, judgements, live, prompts
 from learner.statefile import open_state
 
 
@@ -36,19 +36,10 @@ class StoryLine:
     step: Story
 
 
-# of the feedback in table f: it counts now, and the reward model of this policy learns from it
-LEARNED_FROM = "f.status = 'joined' AND f.untrained IS NULL AND f.policy = :policy"
-# of those: what starts an update when enough of it is new
+# of the feedback that is learned from: what starts an update when enough of it is new
 STARTS = (
     "f.kind IN ('thumb', 'rating', 'preference') AND f.learned_in IS NULL"
     " AND f.aspect NOT IN (SELECT value FROM json_each(:weightless))"
-)
-
-
-# of the exchange in table e: a version of ours said it (Exchange.live)
-LIVE = (
-    "NOT EXISTS (SELECT 1 FROM exchanges AS i INDEXED BY imported"
-    " WHERE i.reply_id = e.reply_id AND json_extract(i.event, '$.source') = 'imported')"
 )
 
 
@@ -155,24 +146,11 @@ class State:
 
         Signals come last there: a page may send one with every click.
         """
-        rows = self.db.execute(
-            "SELECT f.id, f.kind, f.user, f.value, f.at, f.aspect, f.event,"
-            " iif(f.kind = 'correction', json_extract(e.event, '$.content.messages'), '[]'),"
-            f" {_sample_of('e')}, {_sample_of('o')} FROM feedback f JOIN exchanges e ON e.reply_id = f.reply_id"
-            " LEFT JOIN exchanges o ON o.reply_id = f.other_id"
-            f" WHERE {LEARNED_FROM} ORDER BY f.kind = 'signal', f.at DESC, f.id DESC LIMIT :most",
-            {**self.line, "most": most},
-        ).fetchall()
-        return sorted(map(self._judgement, rows), key=lambda one: (one.at, one.feedback_id))
+        return judgements(self.db, self.line, most)
 
     def prompts(self, most: int) -> list[tuple[int, ...]]:
         """Token ids of the distinct prompts that people sent to this base, the newest first, at most so many."""
-        rows = self.db.execute(
-            "SELECT prompt_ids FROM exchanges WHERE policy = :policy AND base = :base"
-            " GROUP BY prompt_ids ORDER BY max(at) DESC, max(reply_id) DESC LIMIT :most",
-            {**self.line, "most": most},
-        )
-        return [tuple(json.loads(ids)) for (ids,) in rows]
+        return prompts(self.db, self.line, most)
 
     def untold(self, most: int = 1000) -> list[StoryLine]:
         """Lines of stories that the board has not been told yet."""
@@ -203,7 +181,7 @@ class State:
         waiting = self.db.execute(
             "SELECT f.id, f.at, s.version FROM stories s JOIN feedback f ON f.id = s.feedback_id"
             " JOIN exchanges e ON e.reply_id = f.reply_id"
-            f" WHERE s.status = 'in_version' AND f.fresh_s IS NULL AND {LIVE}"
+            f" WHERE s.status = 'in_version' AND f.fresh_s IS NULL AND {live('e')}"
         ).fetchall()
         seconds: dict[str, float] = {}
         for feedback_id, accepted, version in waiting:
@@ -238,31 +216,6 @@ class State:
         counted = [item for item in self.counted().items() if item[0] != "late"]
         lines = sorted(json.dumps(row) for rows in (fates, counted) for row in rows)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    def _judgement(self, row: Sequence[Any]) -> Judgement:
-        id_, kind, user, value, at, aspect, event, messages, *pair = row
-        said = json.loads(event)
-        return Judgement(
-            id_,
-            kind,
-            user,
-            1.0 if value is None else value,
-            _sample(*pair[:6]),
-            None if pair[6] is None else _sample(*pair[6:]),
-            at,
-            aspect,
-            signal=said.get("signal"),
-            correction=_words(json.loads(messages), said["content"].get("text")) if kind == "correction" else None,
-            ranked=self._samples(said["reply_ids"]) if kind == "ranking" else (),
-        )
-
-    def _samples(self, reply_ids: Sequence[str]) -> tuple[Sample, ...]:
-        rows = self.db.execute(
-            f"SELECT {_sample_of('e')} FROM json_each(:named) named"
-            " JOIN exchanges e ON e.reply_id = named.value ORDER BY named.key",
-            {**self.line, "named": json.dumps(reply_ids)},
-        )
-        return tuple(_sample(*row) for row in rows)
 
     def _oldest_that_fits(self) -> float:
         """The time from which on all exchanges and feedback fit the size that is kept."""
@@ -299,23 +252,3 @@ class State:
         query = f"SELECT count(*) FROM feedback f WHERE {LEARNED_FROM} {condition}"
         number: int = self.db.execute(query, self.line).fetchone()[0]
         return number
-
-
-def _sample_of(exchange: str) -> str:
-    """The columns that `_sample` takes of the exchange in this table."""
-    columns = ", ".join(f"{exchange}.{name}" for name in ("reply_id", "prompt_ids", "reply_ids", "version"))
-    said = f"json_extract({exchange}.event, '$.content.messages', '$.content.reply', '$.finish_reason')"
-    return f"{columns}, {LIVE.replace('e.', f'{exchange}.')}, iif({exchange}.base = :base, NULL, {said})"
-
-
-def _sample(reply_id: str, prompt_ids: str, reply_ids: str, version: int, live: int, said: str | None) -> Sample:
-    """`said`: messages, reply and why it ended, where another base replied."""
-    ids = tuple(json.loads(prompt_ids)), tuple(json.loads(reply_ids))
-    if said is None:
-        return Sample(reply_id, *ids, version, None, bool(live))
-    messages, text, reason = json.loads(said)
-    return Sample(reply_id, *ids, version, _words(messages, text, ended=reason == "stop"), bool(live))
-
-
-def _words(messages: Sequence[Any], text: str | None, *, ended: bool = True) -> Words:
-    return Words(tuple(map(Message.model_validate, messages)), text or "", ended)

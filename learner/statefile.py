@@ -140,6 +140,8 @@ _BASES = """
 CREATE TABLE learned_by (policy TEXT PRIMARY KEY, base TEXT NOT NULL) WITHOUT ROWID;
 INSERT OR REPLACE INTO learned_by
     SELECT policy, base FROM feedback WHERE learned_in > 0 AND policy IS NOT NULL AND base IS NOT NULL ORDER BY learned_in;
+UPDATE feedback SET learned_in = NULL
+    WHERE learned_in > 0 AND base != (SELECT base FROM learned_by l WHERE l.policy = feedback.policy);
 """
 
 # Why the last update did not use what it might have learned from. Of updates of an older Heed nobody knows.
@@ -147,7 +149,13 @@ _LEFT_OUT = """
 ALTER TABLE feedback ADD COLUMN left_out TEXT;
 """
 
-SCRIPTS = (_TABLES, _PARTITIONS, _EVERY_KIND, _BASES, _LEFT_OUT)
+# The version that an update went on from, which was the released one unless its base did not speak that.
+_PARENTS = """
+ALTER TABLE updates ADD COLUMN parent INTEGER NOT NULL DEFAULT 0;
+UPDATE updates SET parent = current;
+"""
+
+SCRIPTS = (_TABLES, _PARTITIONS, _EVERY_KIND, _BASES, _LEFT_OUT, _PARENTS)
 """What makes each schema from the one before it; the first, from nothing."""
 
 STATE_SCHEMA = len(SCRIPTS)

@@ -44,9 +44,8 @@ class TensorBoard(Watcher):
         """The update of which nothing more is written."""
 
     def entered(self, phases: Phases) -> None:
-        if phases.batches:
+        if phases.batches or self.given_up == phases.number:
             return
-        self.given_up = 0
         try:
             for earlier in self._run(phases.number).glob("*tfevents*"):  # a kill ended it, and it begins anew
                 earlier.unlink(missing_ok=True)

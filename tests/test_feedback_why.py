@@ -38,7 +38,7 @@ def why(heed: Heed, one: str, **variables: str) -> dict[str, Any]:
 def learn(state: State, **left_out: str) -> None:
     """An update over all that is fresh, but for what is left out; released as v1 and served."""
     ledger = Ledger(state)
-    update = ledger.begin(current=0, above=0, now=NOW + 20)
+    update = ledger.begin(current=0, parent=0, above=0, now=NOW + 20)
     ledger.used(update, {one.feedback_id: left_out.get(one.feedback_id) for one in state.judgements()})
     learned = Learned({}, {}, {"in_reward_model": NOW + 25, "in_update": NOW + 30})
     ledger.released(ledger.published(update, 1, learned), NOW + 39)
@@ -118,11 +118,12 @@ def test_feedback_on_a_reply_of_another_base_counts_and_waits_for_this_ones_firs
     for one in ("f", "pair"):
         [told] = why(heed, one)["feedback"]
         assert (told["counts"], told["why_not"], told["update"]) == (True, None, None)
-    learn(state)
+    learn(state, pair="same")
     assert "first in update 1" in heed("feedback", "why", "f").out
     state.close()
     with closing(State(tmp_path / "heed-data" / "learner" / "state.db", policy="default", base="newer")) as newer:
         Ledger(newer).adopt([], ())
+        assert why(heed, "pair")["feedback"][0]["counts"]  # an update of the base before left it out, none of this one
         page = heed("feedback", "why", "f").out
         assert "in_version update 1 v1" in page
         assert "not yet with this base model: the next update will" in page
@@ -136,6 +137,13 @@ def test_what_an_update_left_out_says_why(state: State, heed: Heed):
     assert told["why_not"] == "the last update left it out: the same person had said the same of the same reply"
     assert why(heed, "g")["feedback"][0]["status"] == "served"
     assert set(LEFT_OUT) == set(re.findall(r"`(\w+)`:", inspect.getsource(Prepared)))
+
+
+def test_what_is_said_of_an_aspect_that_weighs_nothing_is_promised_no_update(state: State, heed: Heed):
+    state.absorb(records(exchange("r"), feedback("f", "r", aspect="tone")), NOW)
+    assert why(heed, "f")["feedback"][0]["counts"]
+    [told] = why(heed, "f", HEED_ASPECT_WEIGHTS="tone=0")["feedback"]
+    assert (told["counts"], told["why_not"]) == (False, "its aspect weighs nothing (HEED_ASPECT_WEIGHTS)")
 
 
 def test_feedback_that_waits_too_long_says_for_what(state: State, heed: Heed):

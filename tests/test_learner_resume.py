@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,15 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from feedback.config import FeedbackConfig
 from feedback.events import EXCHANGES, FEEDBACK
 from feedback.log import open_log
 from learner.config import LearnerConfig
+from learner.state import State
 from learner.trainer import Trainer
+from learner.update import difference
 from serving.config import ServingConfig
 from tests import bases
-from tests.told import exchange, feedback
+from tests.told import NOW, POLICY, exchange, feedback
 
 ROOT = Path(__file__).resolve().parent.parent
 THUMBS, PROMPTS, RATERS = 80, 12, 8
@@ -94,3 +98,24 @@ def test_an_update_cut_short_by_a_kill_ends_in_the_same_bytes(
     assert "v1 is released" not in lines.read_text()
     assert learner(tmp_path, lines).wait(240) == 0, lines.read_text()
     assert made(tmp_path) == undisturbed
+
+
+def test_an_update_after_another_ends_in_the_same_bytes_as_in_a_process_of_its_own(
+    taught: Path, tmp_path: Path
+) -> None:
+    feedback_config = FeedbackConfig(data=taught / "data")
+    serving = ServingConfig(feedback=feedback_config, model=str(taught / "model"))
+    config = LearnerConfig(serving=serving, **{name.lower(): value for name, value in SETTINGS.items()})
+    used, fresh = Trainer(config), Trainer(config)
+    with (
+        contextlib.closing(State(tmp_path / "state.db", policy=POLICY, base=used.base.fingerprint)) as state,
+        contextlib.closing(open_log(feedback_config, writes=())) as log,
+    ):
+        state.absorb([*log.read(EXCHANGES, {}, 999), *log.read(FEEDBACK, {}, 999)], NOW)
+        judgements, prompts = state.judgements(), state.prompts(PROMPTS)
+    first = used.learn(judgements, prompts, parent=None, seed=1)
+    after, alone = (one.learn(judgements, prompts, parent=first.weights, seed=2) for one in (used, fresh))
+    assert difference(after.weights, first.weights) > 0
+    assert after.gate == alone.gate
+    for path, pair in alone.weights.tensors.items():
+        assert all(map(torch.equal, after.weights.tensors[path], pair)), path

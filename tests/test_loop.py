@@ -263,7 +263,7 @@ def test_enough_thumbs_become_a_version_that_is_served(world: World):
     assert release.changes[-1].by == "learner"
     manifest = world.store.manifest(1)
     assert (manifest.parent, manifest.update["number"]) == (0, 1)
-    assert manifest.feedback == {"count": 4, "offsets": {EXCHANGES: 4, FEEDBACK: 4}}
+    assert manifest.feedback == {"count": 4, "offsets": {EXCHANGES: 4, FEEDBACK: 4}, "left_out": {}}
     assert manifest.gate["passed"] is True
     assert world.steps("f1") == ["joined", "in_reward_model", "in_update", "in_version"]
     in_version = world.story("f1")[-1]
@@ -380,6 +380,21 @@ def test_only_of_feedback_that_was_used_a_story_says_so(world: World, monkeypatc
     world.thumbs(4, version=1)
     world.run()
     assert [step.update for step in world.story("f2")[1:]] == [3, 3, 3]
+
+
+def test_an_update_says_how_much_it_learned_from_and_not_how_much_there_was(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loop, "JUDGEMENTS", 4)
+    world.trainer.left_out = {"f3": "duplicate"}
+    world.thumbs(5)
+    world.run()
+    assert world.store.manifest(1).feedback["count"] == 3
+    assert world.store.release().changes[-1].reason == "update 1: 3 judgements, passed the gate"
+    assert "<dt>Learned from</dt><dd>3</dd>" in world.store.page(1).read_text("utf-8")
+    report = world.report()
+    assert report["last_update"]["feedback"] == report["feedback"]["learned_from"] == 3
+    assert report["feedback"]["not_learned_from"] == {"duplicate": 1, "surplus": 1}
 
 
 def test_a_kill_between_store_and_ledger_makes_no_story_of_what_was_left_out(
@@ -770,9 +785,7 @@ def test_a_state_made_anew_from_the_log_knows_what_the_versions_learned_from(wor
     world.thumbs(3, version=1)
     world.run()
     before = world.state.digest()
-    world.close_learner()
-    (world.config.folder / "state.db").unlink()
-    world.new_learner()
+    made_anew(world)
     world.run()
     assert world.state.digest() == before
     assert len(world.trainer.calls) == 1
@@ -782,6 +795,28 @@ def test_a_state_made_anew_from_the_log_knows_what_the_versions_learned_from(wor
     world.thumbs(1)
     world.run()
     assert world.store.manifest(2).update["number"] == 2
+
+
+def made_anew(world: World) -> None:
+    """`heed learn --rebuild`."""
+    world.close_learner()
+    (world.config.folder / "state.db").unlink()
+    world.new_learner()
+
+
+def test_a_state_made_anew_knows_what_the_updates_left_out(world: World):
+    world.trainer.left_out = {"f1": "duplicate", "f2": "contradictory"}
+    world.thumbs(4)
+    world.run()
+    world.trainer.left_out = {"f1": "duplicate"}
+    world.thumbs(4, version=1)
+    world.run()
+    known = {"f1": [], "f2": [2, 2, 2], "f3": [1, 1, 1]}
+    assert {one: [step.update for step in world.story(one)[1:]] for one in known} == known
+    made_anew(world)
+    world.run()
+    assert {one: [step.update for step in world.story(one)[1:]] for one in known} == known
+    assert world.report()["feedback"]["not_learned_from"] == {"duplicate": 1}
 
 
 def with_base(world: World, base: str) -> ReadyMade:
@@ -805,6 +840,7 @@ def test_another_base_learns_anew_and_from_all_feedback_at_once(world: World):
     manifest = world.store.manifest(2)
     assert (manifest.parent, manifest.base, manifest.update["number"]) == (0, "another base", 2)
     assert "made v2 from the base" in world.store.page(2).read_text("utf-8")
+    assert world.report()["last_update"]["parent"] == "v0"
     assert (world.store.release().current, world.store.release().last_good) == (2, 1)
     assert (world.state.digest(), world.steps("f1")) == (before, told)
     assert world.report()["feedback"]["not_learned_from"] == {}
@@ -846,6 +882,24 @@ def test_the_base_before_goes_on_where_it_was(world: World):
     anew.close()
 
 
+def test_on_return_to_a_base_it_goes_on_from_the_version_that_its_server_speaks(make: Callable[..., World]):
+    world = make(live_share=0.25)
+    world.thumbs(4)
+    world.run()
+    with_base(world, "another base")
+    world.run()
+    assert world.store.release().current == 2
+    trainer = with_base(world, BASE)
+    world.thumbs(4, version=1)
+    world.run()
+    [call] = trainer.calls
+    assert call["parent"] is not None
+    assert [one.behind for one in call["served"]] == [0] * 4 + [1] * 4
+    assert (world.store.release().current, world.store.manifest(3).parent) == (3, 1)
+    assert world.report()["last_update"]["parent"] == "v1"
+    assert "made v3 from v1" in world.store.page(3).read_text("utf-8")
+
+
 def test_a_base_that_was_only_tried_makes_nothing_new(world: World):
     world.thumbs(4)
     world.run()
@@ -865,12 +919,40 @@ def test_a_state_made_anew_on_another_base_knows_what_that_ones_versions_learned
     world.run()
     with_base(world, "another base")
     world.run()
-    world.close_learner()
-    (world.config.folder / "state.db").unlink()
-    world.new_learner()
+    made_anew(world)
     world.run()
     assert len(world.trainer.calls) == 1
     assert world.report()["last_update"]["number"] == 2
+
+
+def test_a_state_made_anew_for_another_base_repeats_no_number(world: World):
+    world.thumbs(4)
+    world.run()
+    world.trainer = ReadyMade(base=Base("another base", TARGETS))
+    made_anew(world)
+    world.run()
+    assert [world.store.manifest(version).update["number"] for version in world.store.versions()] == [1, 2]
+
+
+def test_an_update_of_another_base_that_a_kill_cut_short_after_its_version_was_made_keeps_its_number(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*_: object) -> None:
+        raise Killed
+
+    world.thumbs(4)
+    with monkeypatch.context() as here:
+        here.setattr(Ledger, "published", killed)
+        with pytest.raises(Killed):
+            world.run()
+    with_base(world, "another base")
+    world.run()
+    assert [world.store.manifest(version).update["number"] for version in world.store.versions()] == [1, 2]
+    assert world.store.release().current == 2
+    assert {step.update for step in world.story("f1")[1:]} == {2}
+    with_base(world, BASE)
+    world.run()
+    assert (world.learner.ledger[1].status, world.learner.ledger[1].version) == ("passed_over", 1)
 
 
 def test_an_update_that_a_kill_cut_short_is_done_by_the_next_base(world: World):

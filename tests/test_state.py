@@ -208,9 +208,10 @@ def test_replies_of_another_base_are_judged_in_words(state: State):
             exchange("own"),
             exchange("other", base="another", prompt="hi", reply="well", version=7),
             exchange("cut", base="a third", reply="we", finish_reason="length"),
+            exchange("stopped", base="a third", reply="we", stop=("\n",)),
             feedback("thumb", "other"),
             feedback("pair", "own", "other", kind="preference", at=NOW + 1),
-            feedback("order", "cut", "own", "other", kind="ranking", at=NOW + 2),
+            feedback("order", "cut", "stopped", "own", "other", kind="ranking", at=NOW + 2),
             feedback("edit", "other", kind="correction", text="better", at=NOW + 3),
         ),
         NOW,
@@ -219,7 +220,7 @@ def test_replies_of_another_base_are_judged_in_words(state: State):
     thumb, pair, order, edit = state.judgements()
     assert thumb.reply == Sample("other", (1, 2, 3), (4, 5), 7, Words(hi, "well"))
     assert (pair.reply.words, pair.other) == (None, thumb.reply)
-    assert [one.words and one.words.ended for one in order.ranked] == [False, None, True]
+    assert [one.words and one.words.ended for one in order.ranked] == [False, False, None, True]
     assert (edit.reply, edit.correction) == (thumb.reply, Words(hi, "better"))
     assert state.judgement_count(fresh=True) == 2
     assert state.prompts(9) == [(1, 2, 3)]
@@ -356,7 +357,7 @@ def test_what_was_imported_is_learned_from_and_says_nothing_of_any_version(state
     assert sorted(state.prompts(9)) == [(1, 2, 3), (7,)]
     assert liked(state) == {"v0": {"share": 0.0, "count": 1}}
     ledger = Ledger(state)
-    update = ledger.begin(current=0, above=0, now=NOW + 2)
+    update = ledger.begin(current=0, parent=0, above=0, now=NOW + 2)
     ledger.released(ledger.published(update, 1, Learned({}, {}, {})), NOW + 3)
     assert state.note_served({1: NOW + 4}) == [3.0]
     assert story(state, "f") == ["joined", "in_version"]
@@ -365,7 +366,7 @@ def test_what_was_imported_is_learned_from_and_says_nothing_of_any_version(state
 def test_freshness_counts_from_acceptance_to_being_served(state: State):
     state.absorb(records(exchange("r"), *(feedback(f"f{i}", "r", user=None, at=NOW + i) for i in range(10))), NOW + 20)
     ledger = Ledger(state)
-    update = ledger.begin(current=0, above=0, now=NOW + 20)
+    update = ledger.begin(current=0, parent=0, above=0, now=NOW + 20)
     update = ledger.published(update, 1, Learned({}, {}, {"in_reward_model": NOW + 25, "in_update": NOW + 30}))
     assert state.note_served({1: NOW + 40}) == []
     ledger.released(update, NOW + 39)
@@ -472,7 +473,7 @@ def test_a_state_of_a_newer_heed_is_refused(tmp_path: Path):
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 7")
     db.close()
-    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 5.*heed learn --rebuild"):
+    with pytest.raises(StateError, match=r"schema 7; this Heed reads up to 6.*heed learn --rebuild"):
         open_state(path)
 
 

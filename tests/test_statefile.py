@@ -216,12 +216,32 @@ def test_what_an_older_heed_did_not_learn_from_is_learned_from(tmp_path: Path):
             if name == "old":  # as schema 2 had it
                 state.db.execute("UPDATE feedback SET untrained = iif(aspect = 'safe', 'aspect', 'kind')")
                 state.db.execute("ALTER TABLE feedback DROP COLUMN left_out")
+                state.db.execute("ALTER TABLE updates DROP COLUMN parent")
                 state.db.executescript("DROP TABLE learned_by; PRAGMA user_version = 2")
     for name in ("old", "new"):
         with closing(State(tmp_path / f"{name}.db", policy=POLICY, base=BASE)) as state:
             assert {one.feedback_id for one in state.judgements()} == {"ranking", "aspect"}
             digests.append(state.digest())
     assert digests[0] == digests[1]
+
+
+def test_of_two_bases_that_had_learned_only_the_last_ones_updates_are_known(tmp_path: Path):
+    first, last = exchange("r1", base="first"), exchange("r2", base="last")
+    path = tmp_path / "old.db"
+    with closing(State(path, policy=POLICY, base="last")) as state:
+        state.absorb(
+            records(first, last, feedback("f1", "r1"), feedback("f2", "r2"), feedback("f3", "r2", user="bob")), NOW
+        )
+        state.db.execute("UPDATE feedback SET learned_in = 1 WHERE id = 'f1'")  # as schema 3 had it
+        state.db.execute("UPDATE feedback SET learned_in = 2 WHERE id = 'f2'")
+        state.db.execute("ALTER TABLE feedback DROP COLUMN left_out")
+        state.db.execute("ALTER TABLE updates DROP COLUMN parent")
+        state.db.execute("INSERT INTO updates VALUES (2, 'released', 1, 2, 7, '{}', 1, 8, NULL, '{}', '{}')")
+        state.db.executescript("DROP TABLE learned_by; PRAGMA user_version = 3")
+    with closing(State(path, policy=POLICY, base="last")) as state:
+        assert Ledger(state).of_this_base()
+        assert dict(state.db.execute("SELECT id, learned_in FROM feedback")) == {"f1": None, "f2": 2, "f3": None}
+        assert Ledger(state)[2].parent == 7
 
 
 def test_a_migration_that_breaks_off_anywhere_leaves_the_old_state_whole(

@@ -19,6 +19,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from feedback.sqlite_log import SqliteLog
+from learner.release import Releaser
 from serving.adapters import AdapterStore, Base, describe_base
 from serving.chat import Chat
 from serving.engine import Engine, Finished, Request, Sampling, Stream
@@ -89,6 +91,10 @@ class Place:
         path = self.store.folder / f"v{version:06d}" / "adapter_model.safetensors"
         os.truncate(path, path.stat().st_size // 2)
 
+    def of_another_base(self, version: int) -> None:
+        manifest = self.store.folder / f"v{version:06d}" / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"base": "f" * 64}))
+
     def begin(self, sampling: Sampling = LONG, version: int | None = None) -> Stream:
         """A reply that has said something and is not at its end."""
         stream = self.engine.submit(Request((1, 5, 9), sampling, version))
@@ -98,6 +104,14 @@ class Place:
 
     def speaks(self) -> int:
         return self.engine.generate([Request((1, 5, 9), SHORT)])[0].version
+
+    def learns_from(self) -> int:
+        """What a learner goes on from, which is to be what speaks."""
+        log = SqliteLog(self.store.folder.parent / "log", [])
+        try:
+            return Releaser(self.store, self.base, log).speaks(self.store.release())
+        finally:
+            log.close()
 
 
 @pytest.fixture
@@ -400,7 +414,7 @@ def test_at_start_a_bad_version_gives_way_to_the_last_good_one(place: Place, cap
     place.ship()
     place.spoil(2)
     place.swapper.start()
-    assert place.speaks() == 1
+    assert place.speaks() == place.learns_from() == 1
     assert "v2 cannot be served; v1 is served instead" in caplog.text
     assert place.outcomes() == [(2, "failed"), (1, "activated")]
     place.swapper.look()
@@ -414,18 +428,31 @@ def test_at_start_with_nothing_good_the_base_speaks(place: Place, caplog: pytest
     place.spoil(1)
     place.spoil(2)
     place.swapper.start()
-    assert place.speaks() == 0
+    assert place.speaks() == place.learns_from() == 0
     assert "v2 cannot be served; v0 is served instead" in caplog.text
 
 
 def test_versions_of_another_base_are_refused_and_the_base_speaks(place: Place):
     for _ in range(2):
-        version = place.ship()
-        manifest = place.store.folder / f"v{version:06d}" / "manifest.json"
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"base": "f" * 64}))
+        place.of_another_base(place.ship())
     place.swapper.start()
-    assert place.speaks() == 0
+    assert place.speaks() == place.learns_from() == 0
     assert "made for another base" in (place.swapper.problem or "")
+
+
+def test_after_a_version_of_another_base_the_last_good_one_speaks(place: Place):
+    place.ship()
+    place.of_another_base(place.ship())
+    place.swapper.start()
+    assert place.speaks() == place.learns_from() == 1
+
+
+def test_a_base_that_was_promoted_speaks_whatever_was_good_before(place: Place):
+    place.ship()
+    place.promote(0)
+    assert place.store.release().last_good == 1
+    place.swapper.start()
+    assert place.speaks() == place.learns_from() == 0
 
 
 def test_at_start_a_broken_release_file_means_the_base(place: Place):

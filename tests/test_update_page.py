@@ -25,7 +25,7 @@ from tests import bases
 from tests.test_gate import BASE, reward_report
 
 SCRIPT = "<script>alert('x')</script>\" onmouseover=\"alert(1)"
-UPDATE = Update(3, "running", 0.0, None, 2, {"heed.feedback": 300}, 300, None, None, None, None)
+UPDATE = Update(3, "running", 0.0, None, 1, 2, {"heed.feedback": 300}, 300, None, None, None, None)
 BATCH = {"score": 0.2, "kl": 0.5, "explained_variance": 0.1}
 REPORT = {
     "reward": reward_report(0.8).to_json() | {"calibration": [(0.2, 0.3, 10), (0.8, 0.7, 30)]},

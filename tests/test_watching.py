@@ -163,7 +163,7 @@ def test_event_files_hold_each_batch_and_each_update(tmp_path: Path) -> None:
     going.batches.append({"kl": 1.5})
     board.batch(going)
     report = {"reward": {"auroc": 0.75}, "seconds": {"ppo": 9.0}}
-    board.learned(Update(3, "published", 0.0, None, 0, {}, 50, 1, None, report, None))
+    board.learned(Update(3, "published", 0.0, None, 0, 0, {}, 50, 1, None, report, None))
     board.over()
     board.over()
     batches = scalars(tmp_path / "runs" / "update-000003")
@@ -206,7 +206,7 @@ def test_a_full_disk_costs_a_warning_and_the_rest_of_the_updates_curves(
             going.batches.append(BATCH)
             board.batch(going)
         assert 0 < len(scalars(disk.folder / "runs" / "update-000003")) < 400 * len(BATCH)
-        board.learned(Update(3, "refused", 0.0, None, 0, {}, 50, None, None, {"reward": {"auroc": 0.75}}, None))
+        board.learned(Update(3, "refused", 0.0, None, 0, 0, {}, 50, None, None, {"reward": {"auroc": 0.75}}, None))
         [warning] = caplog.messages
         assert warning.startswith("update 3: nothing more of it is written for TensorBoard: [Errno 28]")
         disk.make_room()
@@ -226,6 +226,19 @@ def test_a_folder_that_is_removed_costs_a_warning(tmp_path: Path, caplog: pytest
         board.batch(going)
     assert len(caplog.messages) == 1
     assert "No such file" in caplog.text
+
+
+def test_a_folder_that_cannot_be_tidied_is_told_of_once_an_update(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    board, going = tensorboard(tmp_path), phases()
+    for number in (3, 4):
+        going.number = number
+        # a folder in a file's place: it cannot be unlinked, whoever asks
+        (tmp_path / f"update-{number:06d}" / "events.out.tfevents.0").mkdir(parents=True)
+        for _ in range(3):
+            board.entered(going)
+    assert [message.partition(":")[0] for message in caplog.messages] == ["update 3", "update 4"]
 
 
 def test_a_missing_library_is_told_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ def exchange(
     source: Source = "served",
     reply: str = "there",
     finish_reason: FinishReason = "stop",
+    stop: tuple[str, ...] = (),
 ) -> Exchange:
     return Exchange(
         at=at,
@@ -51,7 +52,7 @@ def exchange(
         conversation="conv-1",
         turn=0,
         finish_reason=finish_reason,
-        sampling=SamplingUsed(temperature=1, top_p=1, top_k=0, min_p=0, max_tokens=16, seed=None, stop=()),
+        sampling=SamplingUsed(temperature=1, top_p=1, top_k=0, min_p=0, max_tokens=16, seed=None, stop=stop),
         content=ExchangeContent(
             user="ann",
             messages=(Message(role="user", content=prompt),),
