@@ -126,8 +126,9 @@ def _minimise(
     config: RewardConfig,
 ) -> None:
     """Find the utilities (root·point) and the links that make the judgements likeliest; both change in place."""
-    # the thumbs' slope stays: the scale of the weights does for it
-    slopes = [raw for channel, raw in links.raw_slopes.items() if channel != "thumb"]
+    # one slope stays, since the scale of the weights does for it: were it free, it would grow, and nothing be left of the penalty
+    fixed = evidence.heaviest()
+    slopes = [raw for channel, raw in links.raw_slopes.items() if channel != fixed]
     # what few may use stays near where it began
     shrunk = [*slopes, *(offset for channel, offset in links.offsets.items() if channel != kind_of(channel))]
     start = [one.detach().clone() for one in shrunk]

@@ -94,6 +94,13 @@ class Evidence:
         """A mask of the judgements of this channel, [J]."""
         return self.channel_J == self.channels.index(channel)
 
+    def heaviest(self) -> str:
+        """The channel whose judgements weigh most together, the thumbs where none does; of rankings that of preferences, whose
+        slope they share."""
+        weights = {channel: float(self.weight_J[self.of_channel(channel)].sum()) for channel in self.channels}
+        heaviest = max(weights, key=weights.__getitem__)
+        return "preference" if heaviest == "ranking" else heaviest
+
     def replies(self) -> Tensor:
         """The rows of all replies that are judged, each once."""
         rows: Tensor = torch.cat([self.reply_J, self.other_J, self.ranked_JK[self.ranked_JK != NOBODY]]).unique()

@@ -369,6 +369,19 @@ def test_it_learns_from_stars_and_preferences_as_well() -> None:
         assert auroc > 0.9
 
 
+def test_no_slope_grows_to_undo_the_penalty() -> None:
+    """The penalty is on the weights alone: a slope that were free would grow, and the weights shrink, at no cost."""
+    rng = random.Random(1)
+    pairs = []
+    for n in range(0, 160, 2):
+        better, worse = sorted((reply(rng), reply(rng)), key=lambda ids: 11 not in ids)
+        pairs.append(judgement(n, "preference", 1.0, sample(n, better), f"u{n % 12}", sample(n + 1, worse)))
+    for judgements, channel in ((pairs, "preference"), ([*pairs, *thumbs(60)], "preference"), (thumbs(160), "thumb")):
+        fit = CrossFit(embeddings(), {EOS}, judgements, no_states, RewardConfig(), 0, lambda _: None)
+        assert fit.evidence.heaviest() == channel
+        assert [float(member.links.slope(channel)) for member in fit.members] == pytest.approx([1.0] * 5)
+
+
 def test_9_a_harsh_rater_is_not_a_bad_reply() -> None:
     rng = random.Random(4)
     bias = {f"u{n}": 2.5 if n % 2 else -2.5 for n in range(10)}
