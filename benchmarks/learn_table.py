@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.learn_plan import LEARNERS
@@ -25,17 +25,14 @@ def table(rows: Sequence[Json]) -> str:
         where = (cell["taste"], cell["kind"], cell["count"], cell["noise"], row["learner"], row["lr"])
         together.setdefault(where, []).append(row)
     lines += [line_of(together[where]) for where in sorted(together, key=place)]
-    return "\n".join([*lines, "", *means(together)])
+    return "\n".join([*lines, "", *means(rows)])
 
 
-def means(together: Mapping[tuple[Any, ...], Sequence[Json]]) -> Iterator[str]:
-    """Each learner's mean of satisfied × facts and of the KL, over the cells that all who are there have in common."""
+def means(rows: Sequence[Json]) -> Iterator[str]:
+    """Each learner's mean of satisfied × facts and of the KL, over the cells (and seeds) that all who are there share."""
     found: dict[str, dict[tuple[Any, ...], Json]] = {}
-    for (*cell, learner, _), rows in together.items():
-        of_first = [next(iter(row["judged"].values())) for row in rows]
-        found.setdefault(learner, {})[tuple(cell)] = {
-            figure: statistics.fmean(judged[figure] for judged in of_first) for figure in ("product", "kl")
-        }
+    for row in rows:
+        found.setdefault(row["learner"], {})[tuple(row["cell"].values())] = next(iter(row["judged"].values()))
     common = set.intersection(*map(set, found.values())) if found else set()
     for learner in sorted(found, key=list(LEARNERS).index) if common else ():
         product, kl = (
