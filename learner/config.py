@@ -64,13 +64,13 @@ class LearnerConfig(Settings):
         None, gt=0, le=0.1, description="learning rate of the policy's adapter; none: by the model's size"
     )
     kl_target: float = Field(
-        1.5, gt=0, le=100, description="KL to the reference that the KL coefficient steers to, nats a reply"
+        1.8, gt=0, le=100, description="KL to the reference that the KL coefficient steers to, nats a reply"
     )
     kl_limit: float = Field(
-        2.0,
+        2.3,
         gt=0,
         le=100,
-        description="KL to the reference at which an update ends, nats a reply; the gate says no from a quarter above it",
+        description="KL to the reference that an update may end at, nats a reply; the gate says no from a quarter above it",
     )
     objective: Literal["ppo", "a2c", "reinforce", "rloo", "kto", "dpo", "sft"] = Field(
         "ppo",

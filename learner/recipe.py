@@ -58,10 +58,12 @@ class PPOConfig:
     what it hardly ever says, of which the reward model has seen nothing."""
     chi_bound: float = 20.0
     """A token so many times as likely as under the reference costs no less than one still more likely."""
-    kl_target: float = 1.5
+    kl_target: float = 1.8
     """Nats a reply that the price steers to."""
-    kl_limit: float = 2.0
-    """Nats a reply, on fresh samples, at which the update ends."""
+    kl_limit: float = 2.3
+    """Nats a reply, on fresh samples, that the policy may be from the reference when the update has ended."""
+    overrun: float = 1.4
+    """Times the limit, at which the update ends at once: from beyond the limit the policy goes back to it (Improver.go_back)."""
     kl_horizon: float = 20.0
     """Batches over which a full error would double the price."""
     step_limit: float = 0.02

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -96,6 +98,7 @@ class Trainer:
             return Round(self, judgements, prompts, parent, seed, served, progress).run()
         finally:
             self.remembered = None
+            give_back_memory()
 
     def mean_kl(self, rollouts: Sequence[Rollout]) -> float:
         """Full-vocabulary KL of the policy to the reference, nats a reply, on replies that the policy made."""
@@ -135,3 +138,11 @@ class Trainer:
             {name.removeprefix("reward."): t for name, t in tensors.items() if name.startswith("reward.")},
             meta["reward"],
         )
+
+
+def give_back_memory() -> None:
+    """What an update needed and left behind goes back to the machine, where a server may need it until the next one."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it, and alone keeps so much
+    if trim is not None:
+        trim(0)

@@ -11,14 +11,14 @@ import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from learner import gate, probes
 from learner.direct import EXAMPLES, Direct
 from learner.exhibits import Exhibits, Reply, first_of_each, looked_at, pairs
 from learner.gate import GateReport
-from learner.improve import Improver, PolicyReport, Progress
+from learner.improve import Improver, PolicyReport, Progress, shrunk
 from learner.judgement import Judgement, Words
 from learner.live import Live, LiveReply
 from learner.prepare import NOBODYS, Unusable, prepare, replies
@@ -256,11 +256,6 @@ class Round:
         now = time.perf_counter()
         self.report["seconds"][phase] += now - self.clock
         self.clock = now
-
-
-def shrunk(weights: AdapterWeights, share: float) -> AdapterWeights:
-    """The adapter that adds `share` of what this one adds."""
-    return replace(weights, tensors={path: (down, up * share) for path, (down, up) in weights.tensors.items()})
 
 
 def difference(weights: AdapterWeights, parent: AdapterWeights | None) -> float:

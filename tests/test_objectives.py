@@ -248,4 +248,4 @@ def test_the_score_rises_under_every_objective(name: str) -> None:
     report = found.run(PROMPTS, lambda *_: None)
     after = found.collector.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
     assert score_of(after) > score_of(found.collector.sampler.sample(PROMPTS * 40, None, 1)) + 0.1
-    assert all(batch["kl"] <= 4.0 for batch in report.batches[:-1])
+    assert all(batch["kl"] <= 4.0 * SMALL.overrun for batch in report.batches[:-1])

@@ -17,14 +17,14 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from learner import checkpoint, gate, improve, update
 from learner.config import LearnerConfig
 from learner.exhibits import looked_at
-from learner.improve import Improver, PolicyReport, blend
+from learner.improve import Improver, PolicyReport, shrunk
 from learner.judgement import Judgement, Sample, Tokens, key_of
 from learner.model import LearnerModel
 from learner.recipe import PPOConfig, learning_rate, ppo_config
 from learner.rollouts import Prompt, Rollout, Sampler, shuffled
 from learner.steps import POLICY
 from learner.trainer import Trainer
-from learner.update import Candidate, difference, shrunk
+from learner.update import Candidate, difference
 from learner.winrate import win_rate
 from learner.worth import best, idle
 from serving.config import ServingConfig
@@ -84,7 +84,7 @@ def test_the_score_rises_within_the_budget() -> None:
     report = found.run(PROMPTS, lambda *_: None)
     after = found.collector.sampler.sample(PROMPTS * 8, found.policy.weights(), 1)
     assert score_of(after) > score_of(before) + 0.1
-    assert all(batch["kl"] <= 4.0 for batch in report.batches[:-1])
+    assert all(batch["kl"] <= 4.0 * SMALL.overrun for batch in report.batches[:-1])
     assert report.batches[0]["kl"] == 0.0
     assert report.stopped
 
@@ -212,15 +212,14 @@ def test_an_update_that_overran_its_budget_goes_back_into_it() -> None:
     assert report.batches[-1]["kl"] > 1.0
     assert "reached" in report.stopped
     rollouts = found.collector.sampler.sample(PROMPTS * 8, found.policy.weights(), 2)
-    assert 0.3 < found.collector.look_at(rollouts).figures["kl"] < 1.3
+    assert 0.8 < found.collector.look_at(rollouts).figures["kl"] < 1.1
 
 
-def test_blending_ends_at_both_ends() -> None:
-    base = bases.llama()
-    one, other = bases.adapter(base, seed=1), bases.adapter(base, seed=2)
-    assert bytes_of(blend(one, other, 0.0)) == bytes_of(one)
-    assert difference(blend(one, other, 1.0), other) < 1e-6
-    assert difference(blend(one, other, 0.5), one) > 0.01
+def test_an_update_goes_on_beyond_its_budget_up_to_the_overrun() -> None:
+    found = improver(dataclasses.replace(SMALL, lr=1e-2, kl_limit=0.3, overrun=3.0, batches=16, patience=16))
+    kl = [batch["kl"] for batch in found.run(PROMPTS, lambda *_: None).batches]
+    assert any(0.3 < nats <= 0.9 for nats in kl[:-1])
+    assert kl[-1] > 0.9 or len(kl) == 17
 
 
 def test_the_policy_taken_is_the_one_worth_its_kl() -> None:
