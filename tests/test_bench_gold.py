@@ -172,3 +172,23 @@ def test_the_plot_shows_gold_proxy_and_gap_of_each_seed_on_one_scale() -> None:
     assert climbed[1][1] == climbed[0][1] > climbed[2][1]
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}circle"))) == 1
     assert {one.text for one in drawn.iter("{http://www.w3.org/2000/svg}text")} >= {"seed 0", "seed 1"}
+
+
+# 11. Gold-reward simulator with 25% flips: gold rises, then the gate and the KL stop fire (three seeds: make bench-gold)
+
+
+def test_11_gold_rises_with_a_quarter_of_the_thumbs_wrong_until_the_gate_and_the_kl_stop_fire(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gold, "THUMBS", 300)
+    monkeypatch.setattr(gold, "REPLIES", 3)
+    config = LearnerConfig(report_samples=0, rollout_tokens=64, kl_limit=1.0)
+    line, rows = gold.Line(Trainer(config), tmp_path, 2), list[Json]()
+    for _ in range(3):
+        rows.append(line.step(rows))
+    assert not list(gold.faults(rows))
+    assert rows[-1]["gold"] > rows[0]["gold"] + 0.2
+    assert all(row["kl"] <= 1.25 * config.kl_limit for row in rows)
+    assert any("KL" in row["stopped"] for row in rows[1:])
+    line.trainer.config = config.model_copy(update={"kl_limit": rows[-1]["kl"] / 2})  # the gate alone is stricter
+    assert line.step(rows)["refused"] == ["kl"]
