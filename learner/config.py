@@ -70,7 +70,7 @@ class LearnerConfig(Settings):
         2.3,
         gt=0,
         le=100,
-        description="KL to the reference that an update may end at, nats a reply; the gate says no from a quarter above it",
+        description="KL to the reference that an update may end at, nats a reply; the gate says no from a tenth above it",
     )
     objective: Literal["ppo", "a2c", "reinforce", "rloo", "kto", "dpo", "sft"] = Field(
         "ppo",

@@ -1,7 +1,7 @@
 """Straight from judged replies, without a reward model: KTO, DPO, and SFT on what was liked. Baselines beside PPO.
 
 They move the same adapter away from the same reference, and fresh replies after each batch say how far: the KL limit ends the
-update as it ends PPO's. Axes: B replies; h is log π − log π_ref summed over a reply.
+update as it ends PPO's, beyond which it goes back. Axes: B replies; h is log π − log π_ref summed over a reply.
 
 References: KTO (2402.01306), DPO (2305.18290).
 """

@@ -121,6 +121,10 @@ class Collector:
             advantages_BT *= ppo.staleness_weight(seen.new_BT, behaviour_BT, mask_BT, LARGEST_WEIGHT)
         return Experience(batch, seen.new_BT, rewards_BT, values_BT, advantages_BT, figures)
 
+    def mean_kl(self, fresh: Sequence[Rollout]) -> float:
+        """KL of the policy to the reference, nats a reply, on replies that the policy made."""
+        return float(self.compare(Batch.of(fresh)).kl_BT.sum(1).mean())
+
     def compare(self, batch: Batch) -> Comparison:
         """The policy beside the reference, by groups of rows that threads share."""
         tokens = int(batch.mask_BT.sum())

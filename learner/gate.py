@@ -18,7 +18,7 @@ Verdict = Literal["pass", "fail", "skipped"]
 
 SURE = 2.326
 """Standard errors below the measured AUROC: one-sided 99%: of 40 fits to random thumbs two got through, at 95% four."""
-KL_MARGIN = 1.25
+KL_MARGIN = 1.1
 """How far above the limit of an update the candidate's KL may be measured: chance, on other samples."""
 WORSE = 1.96
 """Standard errors below 0 from which on a candidate is surely worth less than the version it would replace."""

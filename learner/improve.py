@@ -35,8 +35,8 @@ class Progress(Protocol):
 
 KL_AIM = 0.95
 """Share of the KL limit that a policy beyond it goes back to."""
-TRIES = 3
-"""To find the way back; so many times as many fresh replies as a batch has."""
+TRIES = 4
+"""At finding that share; each takes as many fresh replies as a batch has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,11 @@ class PolicyReport:
     batches: list[dict[str, float]] = field(default_factory=list)
     stopped: str = ""
     kept: int = 0
-    """The batch whose policy was taken."""
+    """The batch whose policy was chosen."""
+    share: float = 1.0
+    """How much of it was taken: less than all where it was beyond the KL limit (Improver.go_back)."""
+    back_s: float = 0.0
+    """Seconds of making replies on the way back."""
 
 
 class Improver:
@@ -120,8 +124,9 @@ class Improver:
         progress("ppo", 1.0, report.batches[-1])  # the last batch was looked at, not learned from
         report.kept = self.choose(report.batches)
         self.policy.load(kept[report.kept])
-        if report.kept and report.batches[report.kept]["kl"] > config.kl_limit:
-            self.go_back(queue, report.batches[report.kept]["kl"])
+        if report.batches[report.kept]["kl"] > config.kl_limit:
+            self.beat = lambda: progress("ppo", 1.0)
+            self.go_back(queue, report)
         return report
 
     def gains_nothing(self, batches: Sequence[dict[str, float]]) -> bool:
@@ -132,21 +137,31 @@ class Improver:
         """The batch whose policy is taken."""
         return best(batches, self.config.kl_price)
 
-    def go_back(self, queue: Iterator[Prompt], kl: float) -> None:
-        """From `kl` nats, beyond the limit, go straight towards the reference until fresh replies are within it.
+    def go_back(self, queue: Iterator[Prompt], report: PolicyReport) -> None:
+        """From beyond the limit go straight towards the reference, until fresh replies are just within it.
 
         What a policy learned beyond the limit costs less there than what it learns by stopping at it, which it reaches in a
         hurry: at one and the same KL more people are satisfied (benchmarks/LOG.md; towards the initialisation: 2406.16768).
         """
-        weights, share, aim = self.policy.weights(), 1.0, KL_AIM * self.config.kl_limit
+        weights, limit = self.policy.weights(), self.config.kl_limit
+        aim = KL_AIM * limit
+        within, beyond = (0.0, 0.0), (1.0, report.batches[report.kept]["kl"])  # a share of the weights, and its KL
         for _ in range(TRIES):
-            share *= aim / kl  # nearly in proportion
+            share = within[0] + (beyond[0] - within[0]) * (aim - within[1]) / (beyond[1] - within[1])
             self.policy.load(shrunk(weights, share))
+            started = time.perf_counter()
             replies = self.collector.roll_out(queue, self.policy.weights(), self.config.rollouts)
-            kl = self.collector.look_at(replies).figures["kl"]
+            report.back_s += time.perf_counter() - started
             self.beat()
-            if KL_AIM * aim <= kl <= self.config.kl_limit:
+            kl = self.collector.mean_kl(replies)
+            if kl > limit:
+                beyond = share, kl
+                continue
+            within = share, kl
+            if kl > KL_AIM * aim:
                 break
+        report.share = within[0] or beyond[0] * aim / beyond[1]
+        self.policy.load(shrunk(weights, report.share))
 
     def minibatches(self, experience: Experience) -> Iterator[list[int]]:
         """The rows of each minibatch of one pass, in random order."""

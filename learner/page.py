@@ -54,7 +54,11 @@ WINS = (
 )
 BATCH_FIGURES = (
     ("score", "Score", "Good: it rises. Bad: it falls, or jumps about."),
-    ("kl", "Distance from the base, nats a reply", "Good: below the dashed line, the gate’s. Bad: it races there."),
+    (
+        "kl",
+        "Distance from the base, nats a reply",
+        "Good: it levels off near the dashed line, the gate’s. Bad: it races on.",
+    ),
     ("loss", "Loss", "Good: small and restless; it need not fall. Bad: it grows and grows."),
     ("clipped", "Share of tokens clipped", "Good: below 0.2. Bad: above: the steps are too long (HEED_LEARNING_RATE)."),
     ("explained_variance", "Forecast", "1: each reply’s score is foreseen. 0: not at all. Bad: below 0 all the time."),
@@ -194,8 +198,9 @@ def _training(policy: Json | None, gate: Json) -> str:
         figures.append(f"<div><h3>{name}</h3>{_figure(plot, note)}</div>")
     note = (
         f"Batch by batch. Start: {policy['started_from']}. End: {policy['stopped']}. "
-        f"The dot is batch {policy['kept'] + 1}, which was taken."
+        f"The dot is batch {policy['kept'] + 1}, which was taken"
     )
+    note += f", scaled down to {policy['share']:.0%} so as to be within the limit." if policy["share"] < 1 else "."
     return _section("The training", escape(note), f'<div class="grid2">{"".join(figures)}</div>')
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -141,8 +142,7 @@ class Trainer:
 
 
 def give_back_memory() -> None:
-    """What an update needed and left behind goes back to the machine, where a server may need it until the next one."""
+    """What an update needed of the host's memory and left behind goes back to it: a server may need it until the next one."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it, and alone keeps so much
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc alone keeps so much
+        libc.malloc_trim(0)

@@ -156,11 +156,12 @@ class Round:
             report = improver.run(self.prompts, self.progress)
             if improver.collector.live is not None:
                 self.report["live"] = improver.collector.live.report()
-        rollouts_s = sum(batch["rollouts_s"] for batch in report.batches)
+        rollouts_s = report.back_s + sum(batch["rollouts_s"] for batch in report.batches)
         self.report["policy"] = {
             "started_from": started_from,
             "stopped": report.stopped,
             "kept": report.kept,
+            "share": report.share,
             "batches": report.batches,
         }
         self.spend("ppo")

@@ -33,6 +33,7 @@ REPORT = {
         "started_from": "reference",
         "stopped": SCRIPT,
         "kept": 1,
+        "share": 0.75,
         "batches": [BATCH | {"loss": float("nan"), "clipped": 0.1}, BATCH],
     },
     "score": {"candidate": 1.2, "base": 0.0},
