@@ -188,7 +188,7 @@ def test_11_gold_rises_with_a_quarter_of_the_thumbs_wrong_until_the_gate_and_the
         rows.append(line.step(rows))
     assert not list(gold.faults(rows))
     assert rows[-1]["gold"] > rows[0]["gold"] + 0.2
-    assert all(row["kl"] <= 1.25 * config.kl_limit for row in rows)
-    assert any("KL" in row["stopped"] for row in rows[1:])
+    assert all(row["kl"] <= 1.1 * config.kl_limit for row in rows)
+    assert any(row["stopped"].startswith("the KL") for row in rows[1:])
     line.trainer.config = config.model_copy(update={"kl_limit": rows[-1]["kl"] / 2})  # the gate alone is stricter
     assert line.step(rows)["refused"] == ["kl"]
