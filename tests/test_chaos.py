@@ -13,6 +13,7 @@ import random
 import signal
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ EXCHANGES_A_MINUTE = 200
 PEOPLE = 8
 HOLD_S = 3.5, 5.0
 """Longer than the 2 s after which what Kafka does not take goes to the outbox."""
+NOTHING_IS_TAKEN = {"server killed", "disk full"}
 LONG = pytest.param(600.0, 15.0, marks=pytest.mark.soak, id="long")
 SHORT = pytest.param(40.0, 5.5, id="short")
 
@@ -39,9 +41,6 @@ def test_every_202_counts_once_with_kafka_and_redis(tmp_path: Path, model_folder
         pytest.skip(why)
     with kafka_and_redis(tmp_path, model_folder) as world:
         crowd = survives(world, seconds, every_s)
-    # at least one of the two did not strike together with the server's own death
-    assert crowd.taken["broker killed"] + crowd.taken["network to the broker reset"] > 0
-    assert crowd.taken["Redis killed, and empty again"] + crowd.taken["network to Redis reset"] > 0
     assert crowd.unkept == set()  # the outbox takes what Kafka does not
 
 
@@ -91,7 +90,10 @@ def trouble(world: World, crowd: Crowd, chance: random.Random, seconds: float, e
         names = [fault.name for fault in faults]
         print(f"{time.monotonic() - over + seconds:6.1f} s: {' and '.join(names)}", flush=True)
         crowd.troubles = frozenset(names)
+        before = {name: crowd.taken[name] for name in names}
         time.sleep(chance.uniform(*HOLD_S))
+        if NOTHING_IS_TAKEN.isdisjoint(names):
+            until(partial(_was_taken, crowd, before), f"feedback is taken while {names}")
         crowd.troubles = frozenset()
         for fault in faults:
             fault.end()
@@ -100,3 +102,7 @@ def trouble(world: World, crowd: Crowd, chance: random.Random, seconds: float, e
         assert world.house.ended() == {}
         time.sleep(max(0.0, next_at - time.monotonic()))
     return struck
+
+
+def _was_taken(crowd: Crowd, before: dict[str, int]) -> bool:
+    return all(crowd.taken[name] > count for name, count in before.items())
