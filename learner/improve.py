@@ -108,14 +108,8 @@ class Improver:
             figures = experience.figures | {"beta": self.control.beta, "rollouts_s": sampled - started}
             report.batches.append(figures)
             kept.append(weights)
-            if figures["kl"] > config.overrun * config.kl_limit:
-                report.stopped = f"the KL to the reference reached {figures['kl']:.2f} nats a reply"
-                break
-            if self.gains_nothing(report.batches):
-                report.stopped = f"{config.patience} batches brought no reward worth its KL"
-                break
-            if number == config.batches:
-                report.stopped = f"all {config.batches} batches were used"
+            report.stopped = self.reason_to_stop(report.batches)
+            if report.stopped:
                 break
             figures |= self.learn_from(experience)
             self.control.update(figures["kl"])
@@ -128,6 +122,15 @@ class Improver:
             self.beat = lambda: progress("ppo", 1.0)
             self.go_back(queue, report)
         return report
+
+    def reason_to_stop(self, batches: Sequence[dict[str, float]]) -> str:
+        """Why nothing more is learned after these batches; empty as long as something is."""
+        config, kl = self.config, batches[-1]["kl"]
+        if kl > config.overrun * config.kl_limit:
+            return f"the KL to the reference reached {kl:.2f} nats a reply"
+        if self.gains_nothing(batches):
+            return f"{config.patience} batches brought no reward worth its KL"
+        return f"all {config.batches} batches were used" if len(batches) > config.batches else ""
 
     def gains_nothing(self, batches: Sequence[dict[str, float]]) -> bool:
         """Whether it is no use to go on after these batches."""
