@@ -84,12 +84,15 @@ class Collector:
 
         return self.live.draw(int(self.config.live_share * self.config.rollouts), prox)
 
-    def roll_out(self, queue: Iterator[Prompt], weights: AdapterWeights, count: int) -> list[Rollout]:
-        """So many fresh replies to the next prompts, as many to each as the objective compares."""
+    def roll_out(
+        self, queue: Iterator[Prompt], weights: AdapterWeights, count: int, temperature: float | None = None
+    ) -> list[Rollout]:
+        """So many fresh replies to the next prompts, as many to each as the objective compares; by default at the recipe's
+        temperature."""
         samples = self.objective.samples
         asked = itertools.islice(queue, max(count // samples, 1))
         prompts = [prompt for prompt in asked for _ in range(samples)]
-        return self.sampler.sample(prompts, weights, self.seeds.getrandbits(32), self.config.temperature)
+        return self.sampler.sample(prompts, weights, self.seeds.getrandbits(32), temperature or self.config.temperature)
 
     @torch.no_grad()
     def look_at(
@@ -122,17 +125,18 @@ class Collector:
         return Experience(batch, seen.new_BT, rewards_BT, values_BT, advantages_BT, figures)
 
     def mean_kl(self, fresh: Sequence[Rollout]) -> float:
-        """KL of the policy to the reference, nats a reply, on replies that the policy made."""
-        return float(self.compare(Batch.of(fresh)).kl_BT.sum(1).mean())
+        """KL of the policy to the reference at temperature 1, nats a reply, on replies that the policy made."""
+        return float(self.compare(Batch.of(fresh), 1.0).kl_BT.sum(1).mean())
 
-    def compare(self, batch: Batch) -> Comparison:
+    def compare(self, batch: Batch, temperature: float | None = None) -> Comparison:
         """The policy beside the reference, by groups of rows that threads share."""
         tokens = int(batch.mask_BT.sum())
         number_BT = batch.spread(torch.arange(tokens))
         new_BT, base_BT, kl_BT = (torch.zeros(batch.mask_BT.shape) for _ in range(3))
         hidden_NH = torch.zeros(tokens, self.model.width)
         states_BS = torch.zeros(len(batch.lengths), 2 * self.model.width)
-        for rows, found in self.each(lambda _, part: self.model.compare(part, POLICY, self.config.temperature), batch):
+        temperature = temperature or self.config.temperature
+        for rows, found in self.each(lambda _, part: self.model.compare(part, POLICY, temperature), batch):
             width = found.new_BT.shape[1]
             new_BT[rows, :width], base_BT[rows, :width], kl_BT[rows, :width] = found.new_BT, found.base_BT, found.kl_BT
             hidden_NH[number_BT[rows][batch.mask_BT[rows]]] = found.hidden_NH

@@ -118,9 +118,10 @@ class Improver:
         progress("ppo", 1.0, report.batches[-1])  # the last batch was looked at, not learned from
         report.kept = self.choose(report.batches)
         self.policy.load(kept[report.kept])
-        if report.batches[report.kept]["kl"] > config.kl_limit:
-            self.beat = lambda: progress("ppo", 1.0)
-            self.go_back(queue, report)
+        self.beat = lambda: progress("ppo", 1.0)
+        kl = report.batches[report.kept]["kl"] if config.temperature == 1 else self.measure(queue, report)
+        if kl > config.kl_limit:
+            self.go_back(queue, report, kl)
         return report
 
     def reason_to_stop(self, batches: Sequence[dict[str, float]]) -> str:
@@ -140,7 +141,15 @@ class Improver:
         """The batch whose policy is taken."""
         return best(batches, self.config.kl_price)
 
-    def go_back(self, queue: Iterator[Prompt], report: PolicyReport) -> None:
+    def measure(self, queue: Iterator[Prompt], report: PolicyReport) -> float:
+        """KL of the policy to the reference on fresh replies at temperature 1, as many as a batch has; nats a reply."""
+        started = time.perf_counter()
+        replies = self.collector.roll_out(queue, self.policy.weights(), self.config.rollouts, 1.0)
+        report.back_s += time.perf_counter() - started
+        self.beat()
+        return self.collector.mean_kl(replies)
+
+    def go_back(self, queue: Iterator[Prompt], report: PolicyReport, kl: float) -> None:
         """From beyond the limit go straight towards the reference, until fresh replies are just within it.
 
         What a policy learned beyond the limit costs less there than what it learns by stopping at it, which it reaches in a
@@ -148,15 +157,11 @@ class Improver:
         """
         weights, limit = self.policy.weights(), self.config.kl_limit
         aim = KL_AIM * limit
-        within, beyond = (0.0, 0.0), (1.0, report.batches[report.kept]["kl"])  # a share of the weights, and its KL
+        within, beyond = (0.0, 0.0), (1.0, kl)  # a share of the weights, and its KL
         for _ in range(TRIES):
             share = within[0] + (beyond[0] - within[0]) * (aim - within[1]) / (beyond[1] - within[1])
             self.policy.load(shrunk(weights, share))
-            started = time.perf_counter()
-            replies = self.collector.roll_out(queue, self.policy.weights(), self.config.rollouts)
-            report.back_s += time.perf_counter() - started
-            self.beat()
-            kl = self.collector.mean_kl(replies)
+            kl = self.measure(queue, report)
             if kl > limit:
                 beyond = share, kl
                 continue

@@ -221,6 +221,15 @@ def test_an_update_that_overran_its_budget_goes_back_into_it(seed: int) -> None:
     assert told[-1] == 1.0
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_the_budget_is_that_of_the_policy_that_speaks_whatever_the_rollouts_temperature(temperature: float) -> None:
+    found = improver(dataclasses.replace(SMALL, kl_limit=0.3, temperature=temperature, batches=16, patience=16))
+    report = found.run(PROMPTS, lambda *_: None)
+    assert report.share < 1.0
+    rollouts = found.collector.sampler.sample(PROMPTS * 8, found.policy.weights(), 2)  # at temperature 1
+    assert 0.2 < found.collector.mean_kl(rollouts) < 0.35
+
+
 def test_an_update_goes_on_beyond_its_budget_up_to_the_overrun() -> None:
     found = improver(dataclasses.replace(SMALL, kl_limit=0.3, overrun=3.0, batches=16, patience=16))
     kl = [batch["kl"] for batch in found.run(PROMPTS, lambda *_: None).batches]
@@ -240,8 +249,8 @@ def test_the_way_back_ends_within_the_limit_however_the_kl_falls(power: float, m
 
     monkeypatch.setattr(found.collector, "roll_out", lambda *_: [])
     monkeypatch.setattr(found.collector, "mean_kl", kl)
-    report = PolicyReport([{"kl": 3.0}])
-    found.go_back(iter(()), report)
+    report = PolicyReport()
+    found.go_back(iter(()), report, 3.0)
     assert 0.6 < kl() <= 1.0
     assert kl() == pytest.approx(3.0 * report.share**power, rel=1e-4)
 
