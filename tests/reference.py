@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,35 @@ def commands() -> str:
 
 def each_command() -> Iterator[tuple[str, Any]]:
     """Every verb that does something, with its full name, in the order of `heed --help`."""
-    waiting = [("heed", typer.main.get_command(app))]
+    waiting = [("heed", root())]
     while waiting:
         name, command = waiting.pop(0)
         inner = getattr(command, "commands", {})
         waiting = [(f"{name} {verb}", one) for verb, one in inner.items() if not one.hidden] + waiting
         if not inner:
             yield name, command
+
+
+def verb(words: Sequence[str]) -> tuple[Any, list[str]]:
+    """The command that these words name, and the words left. Raises LookupError."""
+    command, rest = root(), list(words)
+    while inner := getattr(command, "commands", {}):
+        if not rest or rest[0].startswith("-"):
+            break
+        if rest[0] not in inner:
+            raise LookupError(f"no command heed {' '.join(words)}")
+        command = inner[rest.pop(0)]
+    return command, rest
+
+
+def flags(command: Any) -> set[str]:
+    """Everything that begins with a dash and that the command takes."""
+    return {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+
+
+@cache
+def root() -> Any:
+    return typer.main.get_command(app)
 
 
 def usage(name: str, command: Any) -> str:
