@@ -17,6 +17,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "source/"
 """Below it the pages of files lie."""
+HEAD = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n"
+"""Of each: nobody who looks for a word looks for it in there, and lines of code are long."""
 LINK = re.compile(r"\[(?P<words>[^\]]*)\]\((?P<target>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
 
 NAMED = re.compile(r'(href="[^"#]*\.py\.html)("><code>([^<:]+)::([\w.]+)</code>)')
@@ -74,9 +76,9 @@ def content(path: str) -> str:
     if path.endswith(".svg"):
         return text
     if path.endswith(".md"):
-        return f"---\nsearch:\n  exclude: true\n---\n{text}"
+        return f"{HEAD}{text}"
     language = {"py": "python", "yml": "yaml"}.get(path.rpartition(".")[2], path.rpartition(".")[2])
-    return f'---\nsearch:\n  exclude: true\n---\n# {path}\n\n`````{language} linenums="1"\n{text.rstrip()}\n`````\n'
+    return f'{HEAD}# {path}\n\n`````{language} linenums="1"\n{text.rstrip()}\n`````\n'
 
 
 def line_of(path: str, name: str) -> int:
