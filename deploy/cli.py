@@ -163,6 +163,21 @@ def check(
 
 
 @app.command()
+def backup(
+    out: Annotated[Path, typer.Argument(help="The folder to make, e.g. /backups/heed-2026-11-26.")],
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy the data folder while everything runs: what was learned, adapters, log and secret.
+
+    The copy is a data folder: to restore it, stop Heed, put the copy in its place, and start. Kafka keeps its own log.
+    """
+    from deploy.backup import run
+
+    run(out, settings(data=data), Console(), as_json)
+
+
+@app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="Directory of the model to make.")],
     seed: Annotated[int, typer.Option(help="The same seed: the same model.")] = 0,

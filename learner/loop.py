@@ -273,6 +273,7 @@ class Learner:
             update={**learned.report, "number": update.number},
             gate=learned.gate,
             page=lambda version: self.page(update, candidate, version),
+            above=max(self.state.highest_version(), self.releaser.highest_mirrored),
         )
         if self.store.page(version).exists():
             _log.info("update %d: its report is %s", update.number, self.store.page(version))

@@ -37,6 +37,8 @@ class Crowd:
     size: int = 4
     every_s: float = 0.0
     """Seconds from one exchange of a person to the next; who was kept waiting makes up for it."""
+    said_before: int = 0
+    """What each has said already, to another server maybe: the names of their feedback go on from there."""
     leaving: threading.Event = field(default_factory=threading.Event, repr=False)
     promised: dict[str, tuple[str, float]] = field(default_factory=dict)
     """The receipts' ids, with what was said: kind and value."""
@@ -94,7 +96,11 @@ class Crowd:
                 rating: dict[str, Any] = {"kind": "rating", "value": chance.randint(1, 5)}
                 thumb: dict[str, Any] = {"kind": "thumb", "value": chance.choice(["up", "down"])}
                 opinion = chance.choice([rating, thumb])
-                named = {"reply_id": reply.body["id"], "user": f"user-{number}", "id": f"{number}-{said}"}
+                named = {
+                    "reply_id": reply.body["id"],
+                    "user": f"user-{number}",
+                    "id": f"{number}-{self.said_before + said}",
+                }
                 self.rate(http, reply, opinion, named)
 
     def rate(self, http: httpx.Client, reply: _Answer, opinion: dict[str, Any], named: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ from learner.gate import GateReport
 from serving import process as serving
 
 torch.set_num_threads(1)
-config = load(LearnerConfig, environ={}, toml=None, flags=json.loads(sys.argv[1]))
+flags = json.loads(sys.argv[1])
 ends = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
 
 class Quick(trainer.Trainer):
@@ -65,13 +65,15 @@ def note_ends(*_):
 trainer.Trainer = Quick
 signal.signal(signal.SIGCHLD, note_ends)
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s")
-for name in sys.stdin:
+for line in sys.stdin:
+    name, data = json.loads(line)
+    config = load(LearnerConfig, environ={}, toml=None, flags=flags | ({"data": data} if data else {}))
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         code = 1
         try:
-            code = serving.serve(config.serving) if name.strip() == "server" else learning.learn(config)
+            code = serving.serve(config.serving) if name == "server" else learning.learn(config)
         finally:
             logging.shutdown()
             os._exit(code)
@@ -99,12 +101,13 @@ class House:
         )
         self.pids: dict[str, int] = {}
 
-    def start(self, *names: str) -> None:
+    def start(self, *names: str, data: Path | None = None) -> None:
+        """`data`: another data folder than that of the settings."""
         assert self.nursery.stdin is not None
         assert self.nursery.stdout is not None
         for name in names:
             self.life += name == "server"
-            self.nursery.stdin.write(f"{name}\n")
+            self.nursery.stdin.write(json.dumps([name, str(data) if data else None]) + "\n")
             self.nursery.stdin.flush()
             self.pids[name] = int(self.nursery.stdout.readline())
 

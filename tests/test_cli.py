@@ -28,7 +28,7 @@ from serving.lora import AdapterWeights
 from tests.commands import Done, Heed
 from tests.valkey import Valkey
 
-COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "feedback", "bench", "pretrain", "check")
+COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "feedback", "bench", "pretrain", "check", "backup")
 ADAPTERS = ("list", "show", "promote", "rollback", "verify", "import")
 FEEDBACK = ("import", "export", "why")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 import stat
 import threading
 import time
@@ -355,6 +356,31 @@ def test_the_next_update_begins_from_what_is_served_and_learns_from_everything(w
     assert [step.version for step in world.story("f8") if step.status == "in_version"] == [2]
 
 
+def test_a_store_restored_from_an_older_copy_gives_no_number_twice(world: World, tmp_path: Path):
+    kept = ("learner", "adapters")
+    world.thumbs(4)
+    world.run()
+    for name in kept:
+        shutil.copytree(world.folder / name, tmp_path / "copy" / name)
+    world.thumbs(4, version=1)
+    world.run()
+    world.thumbs(4, version=2)
+    world.run()
+    assert world.store.release().current == 3  # which never spoke: that it was released the log alone will know
+    judged = world.state.judgements()
+
+    world.close_learner()
+    for name in kept:
+        shutil.rmtree(world.folder / name)
+        (tmp_path / "copy" / name).rename(world.folder / name)
+    world.store = AdapterStore(world.folder / "adapters", "default")
+    world.new_learner()
+    world.run()
+    assert world.state.judgements() == judged  # the log went on where the copy ended
+    assert world.store.versions() == [1, 4]
+    assert world.store.release().current == 4
+
+
 def test_only_of_feedback_that_was_used_a_story_says_so(world: World, monkeypatch: pytest.MonkeyPatch):
     world.trainer.left_out = {"f2": "duplicate"}
     world.trainer.passes = False
@@ -365,7 +391,7 @@ def test_only_of_feedback_that_was_used_a_story_says_so(world: World, monkeypatc
     world.trainer.left_out = {"f4": "contradictory"}
     world.trainer.passes = True
     monkeypatch.setattr(loop, "JUDGEMENTS", 6)  # which leaves no room for f1 and f2 any more
-    world.thumbs(4, version=1)
+    world.thumbs(4)
     world.run()
     assert world.store.release().current == 1
     assert {f"f{n}": world.steps(f"f{n}")[1:] for n in range(1, 6)} == {
