@@ -78,7 +78,7 @@ def serve(
     """Start the server alone."""
     flags = {"data": data, "port": port, "model": model, "host": host, "insecure": insecure or None}
     config = settings(warn=not supervised, **flags)
-    prepare_process(supervised)
+    prepare_process(config.serving, "server", supervised)
     from serving.process import serve as run
 
     raise typer.Exit(run(config.serving))
@@ -96,7 +96,7 @@ def learn(
 ) -> None:
     """Start the learner alone."""
     config = settings(warn=not supervised, data=data, model=model)
-    prepare_process(supervised)
+    prepare_process(config.serving, "learner", supervised)
     from learner.process import learn as run
 
     raise typer.Exit(run(config, until_idle=until_idle, rebuild=rebuild))

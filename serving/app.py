@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +27,9 @@ from serving.routes.door import Door
 from serving.routes.wiring import Speaker, Wiring
 from serving.swap import SwapReport
 
+if TYPE_CHECKING:
+    from serving.traces import Traces
+
 HINT_WAIT_S = 5.0
 """After which a connection that broke while waiting for a hint is made again."""
 
@@ -39,12 +42,13 @@ def create_app(
     board: Board,
     store: AdapterStore,
     keys: Keys | None = None,
+    traces: Traces | None = None,
     speaker: Speaker | None = None,
 ) -> FastAPI:
     """An application over these parts, which the caller opened and will close.
 
-    Without `keys` everyone is answered. Without a `speaker` (engine, chat, base, swapper) it answers all but chats; give
-    it one later as `app.state.wiring.speaker`, when the model is loaded.
+    Without `keys` everyone is answered, without `traces` nothing is traced. Without a `speaker` (engine, chat, base,
+    swapper) it answers all but chats; give it one later as `app.state.wiring.speaker`, when the model is loaded.
     """
     wiring = Wiring(
         config=config,
@@ -55,6 +59,7 @@ def create_app(
         metrics=Metrics(store.policy),
         base_name=base_name(config.model),
         keys=keys,
+        traces=traces,
         speaker=speaker,
     )
     wiring.metrics.watch(lambda: _now(wiring))

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import uvicorn
@@ -47,6 +48,9 @@ from serving.products import computes_bfloat16
 from serving.routes.wiring import Speaker, Wiring
 from serving.swap import Swapper
 
+if TYPE_CHECKING:
+    from serving.traces import Traces
+
 LONGEST_UNASKED = 4096
 """Tokens of prompt and reply where no setting says more: memory is set aside for each row."""
 SETTLE_S = 10.0
@@ -62,11 +66,13 @@ def serve(config: ServingConfig) -> int:
     # they double what is scraped, and tell nothing that the totals do not
     disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
-        keys = _keys(config)
+        keys, traces = _keys(config), _traces(config)
         with contextlib.ExitStack() as held:
             prepare_folder(config.feedback.data)
             lock = held.enter_context(hold(config.feedback.data / "server.lock"))
-            app = held.enter_context(_application(config, keys))
+            if traces is not None:
+                held.callback(traces.close)
+            app = held.enter_context(_application(config, keys, traces))
             sockets = listen(config.host, config.port, private=not (keys or config.insecure))
             address = _address(config.host, sockets[0])
             os.write(lock, f"{os.getpid()} {address}\n".encode())
@@ -248,8 +254,20 @@ def _keys(config: ServingConfig) -> Keys | None:
         raise CannotStart(Exit.SETTING, str(error)) from error
 
 
+def _traces(config: ServingConfig) -> Traces | None:
+    """Where traces go; None where nobody wants any: then nothing of OpenTelemetry's SDK is imported. Raises CannotStart."""
+    if config.traces is None:
+        return None
+    try:
+        from serving.traces import Traces, exporting
+    except ImportError:
+        missing = f"HEED_TRACES={config.traces}: needs OpenTelemetry: pip install 'heed[otel]'"
+        raise CannotStart(Exit.SETTING, missing) from None
+    return Traces(config, exporting(config.traces))
+
+
 @contextlib.contextmanager
-def _application(config: ServingConfig, keys: Keys | None) -> Iterator[FastAPI]:
+def _application(config: ServingConfig, keys: Keys | None, traces: Traces | None) -> Iterator[FastAPI]:
     """The application over the parts that last as long as the process. Raises CannotStart."""
     feedback = config.feedback
     try:
@@ -259,7 +277,8 @@ def _application(config: ServingConfig, keys: Keys | None) -> Iterator[FastAPI]:
         raise CannotStart(Exit.DATA, f"{error} (HEED_DATA={feedback.data})") from error
     with contextlib.closing(log):
         store = AdapterStore(config.adapter_root, feedback.policy)
-        yield create_app(config, ids=ids, log=log, board=open_board(feedback, "server"), store=store, keys=keys)
+        board = open_board(feedback, "server")
+        yield create_app(config, ids=ids, log=log, board=board, store=store, keys=keys, traces=traces)
 
 
 def _address(host: str, listening: socket.socket) -> str:

@@ -144,8 +144,7 @@ class Intake:
 
     async def _append(self, key: str, event: str) -> None:
         try:
-            future = self._parts.log.submit(FEEDBACK, key, event)
-            await self._parts.inbox.answer(future, LOG_WAIT_S)
+            await self._parts.append(FEEDBACK, key, event, LOG_WAIT_S)
         except EventTooLarge as error:
             raise TooLarge(f"The feedback cannot be kept: {error}.") from error
         except LogUnavailable as error:
