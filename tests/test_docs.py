@@ -42,6 +42,14 @@ def test_the_readme_shows_how_to_begin():
     assert {"up", "test"} <= {words[0] for words in in_blocks(README, "make")}
 
 
+def test_links_of_the_readme_lead_somewhere():
+    """Those of docs/ are looked at when the site is built (test_site.py)."""
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", README):
+        page = (ROOT / path).read_text("utf-8")
+        heads = [re.sub(r"[^\w\s-]", "", head).strip() for head in re.findall(r"^#+ (.+)$", page, re.MULTILINE)]
+        assert not anchor or anchor in [re.sub(r"\s+", "-", head.lower()) for head in heads], (path, anchor)
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     called = {words[0] for words in [*in_blocks(EVERYTHING, "make"), *in_sentences(EVERYTHING, "make")]}
