@@ -10,50 +10,33 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
+from feedback.config import FeedbackConfig
 from feedback.events import KINDS
+from serving.model import find_model
+from tests.broker import free_ports
+from tests.house import ROOT, Folder, House, quick_settings
 from tests.prometheus import Prometheus, sides
 from tests.test_alerts import RULES
 from tests.test_dashboards import BOARDS, expressions
-from tests.test_up import Up, first_words, running
-
-TOKEN = "let-me-in"
-SETTINGS = """
-admin_token = "let-me-in"
-update_min_feedback = 40
-update_interval_s = 1
-max_rows = 16
-rollouts = 16
-minibatch = 16
-update_batches = 1
-rollout_tokens = 32
-gate_samples = 16
-"""
-"""Of a quick learner: what it learns is no matter here."""
-
+from tests.test_up import first_words
 
 @dataclass
 class Watched:
     """A server and a learner, and the Prometheus that watches them."""
 
-    up: Up
+    house: House
     prometheus: Prometheus
     http: httpx.Client
 
     def talk_and_rate(self, exchanges: int, kinds: str) -> None:
         """`heed simulate`."""
-        told = ["--url", self.up.url, "--exchanges", str(exchanges), "--kinds", kinds, "--wait", "0", "--noise", "0"]
-        subprocess.run(
-            [sys.executable, "-m", "deploy.cli", "simulate", *told],
-            cwd=self.up.printed.parent,
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
+        told = ["--url", self.house.url, "--exchanges", str(exchanges), "--kinds", kinds, "--wait", "0", "--noise", "0"]
+        command = [sys.executable, "-m", "deploy.cli", "simulate", *told]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
     def say_the_rest(self) -> None:
         """The kinds that `heed simulate` has not, on two replies to one prompt."""
@@ -67,48 +50,34 @@ class Watched:
         ):
             assert self.http.post("/v1/feedback", json={**said, "user": "ann"}).status_code == 202
 
-    def policy(self) -> dict[str, Any]:
-        said: dict[str, Any] = self.http.get("/v1/policy").json()
-        return said
-
     def until(self, expr: str, least: float) -> None:
         """Until Prometheus has seen that much."""
-        reached = lambda: self.prometheus.total(expr) >= least  # noqa: E731
-        try:
-            self.prometheus.until(reached, f"{expr} reaches {least:g}")
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.policy()['why']}\n{self.up.text}") from error
-
-    def change(self, action: str, **body: Any) -> None:
-        answer = self.http.post(f"/admin/{action}", json=body, headers={"Authorization": f"Bearer {TOKEN}"})
-        assert answer.status_code == 200, answer.text
+        self.prometheus.until(lambda: self.prometheus.total(expr) >= least, f"{expr} reaches {least:g}")
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """After every kind of feedback, two updates, and a swap for each, at least: the second may be by hand."""
+    """After every kind of feedback, two updates and the swaps to what they made."""
     folder = tmp_path_factory.mktemp("watched")
-    (folder / "heed.toml").write_text(SETTINGS, "utf-8")
+    port, metrics = free_ports(2)
+    place = Folder(FeedbackConfig(data=folder / "data"), find_model(None))
+    settings = quick_settings(place, port) | {"learner_metrics_port": metrics, "update_min_feedback": 40}
     with contextlib.ExitStack() as stack:
-        up = stack.enter_context(running(folder))
-        targets = {"heed-server": f"127.0.0.1:{up.port}", "heed-learner": f"127.0.0.1:{up.metrics}"}
+        house = stack.enter_context(contextlib.closing(House(folder / "ends", trains=True, **settings)))
+        house.start("server", "learner")
+        targets = {"heed-server": f"127.0.0.1:{port}", "heed-learner": f"127.0.0.1:{metrics}"}
         prometheus = stack.enter_context(contextlib.closing(Prometheus(folder / "prometheus", targets)))
-        http = stack.enter_context(httpx.Client(base_url=up.url, timeout=60, trust_env=False))
-        watched = Watched(up, prometheus, http)
-        watched.until("sum(up)", 2)
-        assert first_words(up.url)
-        watched.talk_and_rate(80, "thumb,rating,preference,correction")
+        http = stack.enter_context(httpx.Client(base_url=house.url, timeout=60, trust_env=False))
+        watched = Watched(house, prometheus, http)
+        watched.until("sum(up) + sum(heed_ready)", 3)
+        assert first_words(house.url)
+        watched.talk_and_rate(64, "thumb,rating,preference,correction")
         watched.say_the_rest()
-        watched.until('heed_swaps_total{outcome="activated"}', 2)
+        watched.until('heed_version_info{version="v1",role="current"}', 1)
         watched.until("heed_freshness_seconds_count", 1)
-        watched.talk_and_rate(60, "thumb,rating")
-        watched.until("sum(heed_updates_total)", 2)
-        newest = int(watched.policy()["current"].removeprefix("v"))
-        watched.change("rollback")
-        watched.until('heed_swaps_total{outcome="activated"}', 3)
-        watched.change("promote", version=newest)
-        watched.until('heed_swaps_total{outcome="activated"}', 4)
-        assert first_words(up.url)
+        watched.talk_and_rate(44, "thumb,rating")
+        watched.until('heed_version_info{version="v2",role="current"}', 1)
+        assert first_words(house.url)
         watched.talk_and_rate(8, "thumb,rating")
         yield watched
 
