@@ -19,7 +19,7 @@ WORKDIR /src
 COPY pyproject.toml ./
 # hadolint ignore=DL3013
 RUN touch README.md LICENSE && mkdir feedback serving learner deploy \
-  && pip install ".[$EXTRAS]" && pip uninstall --yes heed
+  && pip install ".${EXTRAS:+[$EXTRAS]}" && pip uninstall --yes heed
 
 FROM base AS wheel
 WORKDIR /src
