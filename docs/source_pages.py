@@ -20,7 +20,6 @@ SOURCE = "source/"
 HEAD = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n"
 """Of each: nobody who looks for a word looks for it in there, and lines of code are long."""
 LINK = re.compile(r"\[(?P<words>[^\]]*)\]\((?P<target>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
-
 NAMED = re.compile(r'(href="[^"#]*\.py\.html)("><code>([^<:]+)::([\w.]+)</code>)')
 """A link to a listing whose words name what is meant."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import pytest
 
@@ -11,8 +13,10 @@ from feedback.config import UNBUILT, reference, variable
 from learner.config import LearnerConfig
 from serving import errors
 from serving.routes import admin, chat, feedback, operations, policy
-from tests.documents import EVERYTHING, PAGES, ROOT, inline
+from serving.schemas import ChatIn, HeedIn
+from tests.documents import EVERYTHING, PAGES, ROOT, blocks, inline
 from tests.reference import DOCS, MADE, MARKS, each_command, flags, registries
+from tests.served import Served
 
 CHAT, OPERATIONS = PAGES["docs/chat.md"], PAGES["docs/operations.md"]
 OTHERS = {"HEED_SOAK"}
@@ -57,6 +61,15 @@ def test_routes_are_those_of_the_server():
     assert {re.sub(r":\w+}", "}", one) for one in there} | {f"POST {feedback.GIVE}"} == set(told)
     named = re.findall(r"`(?:(GET|POST|DELETE) )(/[\w/{}]+)`", EVERYTHING)
     assert {" ".join(one) for one in named} <= set(told)
+
+
+def test_parameters_are_all_told_and_an_error_looks_as_shown(server: Served):
+    taken = {*ChatIn.model_fields, *(f"heed.{name}" for name in HeedIn.model_fields)} - {"heed", "stream_options"}  # of which the parts are told
+    refused = {name for name, field in ChatIn.model_fields.items() if field.annotation is Any}
+    assert taken - refused <= set(inline(CHAT))
+    [shown] = [block for block in blocks(CHAT, "json") if block.startswith('{"error"')]
+    body = {"model": "default", "messages": [{"role": "user", "content": "hello"}], "temperature": 3}
+    assert server.http.post("/v1/chat/completions", json=body).json() == json.loads(shown)
 
 
 def test_codes_of_errors_are_those_of_the_server():
