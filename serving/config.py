@@ -106,6 +106,11 @@ class ServingConfig(Settings):
         description="whether traces hold messages and replies, but of chats with `store: false`: people's own words",
     )
 
+    vllm_metrics: bool = Field(
+        False,
+        description="whether /metrics shows what Heed counts under vLLM's names too, for dashboards that ask for those",
+    )
+
     @property
     def adapter_root(self) -> Path:
         """Where the adapter store lies."""
