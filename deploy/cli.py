@@ -156,10 +156,11 @@ def simulate(
 def check(
     data: Data = None, port: Port = None, model: Model = None, host: Host = None, as_json: AsJson = False
 ) -> None:
-    """Is everything here reachable and sane? Model, log, adapters, disk, clock, device, server, learner."""
+    """Is everything here reachable and sane? What is not, and what to do; it changes nothing."""
     from deploy.check import run
 
-    raise typer.Exit(run(settings(data=data, port=port, model=model, host=host), Console(), as_json))
+    config = settings(warn=False, data=data, port=port, model=model, host=host)
+    raise typer.Exit(run(config, os.environ, Console(stderr=as_json), as_json))
 
 
 @app.command()

@@ -126,6 +126,6 @@ class Releaser:
             reached |= {record.partition: record.offset for record in records}
             own = [Release.model_validate_json(one.event) for one in records if one.key == self.store.policy]
             generation = own[-1].generation if own else generation
-            named = (change.current for release in own for change in (release, *release.changes))
-            self.highest_mirrored = max(self.highest_mirrored, *named, 0)
+            named = [change.current for release in own for change in release.changes]
+            self.highest_mirrored = max(self.highest_mirrored, *named, *(release.current for release in own))
         return generation
