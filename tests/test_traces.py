@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import http.server
 import json
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,19 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from feedback.config import FeedbackConfig
+from deploy.logs import formatter
+from feedback.config import FeedbackConfig, KafkaConfig
+from feedback.events import EXCHANGES, FEEDBACK
+from feedback.outbox import Outbox
 from serving import traces
 from serving.config import ServingConfig
+from serving.exits import Exit
+from serving.process import _traces, serve
 from serving.traces import Traces, exporting
 from tests.served import Served, TroubledLog
+from tests.test_layout import imports, modules, read
+from tests.test_outbox import FarLog
 
-ROOT = Path(__file__).resolve().parent.parent
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 MARK = "MARKER-of-a-person"
 REQUEST, CHAT, APPEND = "POST /v1/chat/completions", "chat default", "append heed.exchanges"
@@ -59,6 +66,12 @@ def traced(serve_with: Callable[..., Served]) -> Callable[..., Seen]:
         return seen
 
     return start
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[FarLog]:
+    with closing(FarLog(tmp_path / "far")) as log:
+        yield log
 
 
 def told(span: ReadableSpan) -> dict[str, Any]:
@@ -207,26 +220,22 @@ def test_words_are_told_where_the_setting_says_so_but_for_chats_that_are_not_to_
     assert "MARKER" not in seen.spans(2)[CHAT].to_json()
 
 
-def test_an_exchange_that_waits_for_its_kafka_is_told_to_be_in_the_outbox(tmp_path: Path, model_folder: Path):
-    from feedback.config import KafkaConfig
-    from tests.broker import free_port
-    from tests.served import config_for, served
-
-    kafka = KafkaConfig(kafka_bootstrap=(f"127.0.0.1:{free_port()}",), kafka_deadline_s=0.2)
-    feedback = FeedbackConfig(data=tmp_path, kafka=kafka)
-    config = config_for(tmp_path, model_folder).model_copy(update={"feedback": feedback})
-    seen = Seen(feedback=feedback)
-    with served(config, traces=seen.traces) as server:
-        assert server.chat().status_code == 200
+def test_an_exchange_that_its_kafka_does_not_take_is_told_to_be_in_the_outbox(
+    traced: Callable[..., Seen], tmp_path: Path, far: FarLog
+):
+    kafka = KafkaConfig(kafka_bootstrap=("nobody:9092",))
+    with closing(Outbox(far, tmp_path / "outbox", [EXCHANGES, FEEDBACK], 10**6)) as box:
+        far.away.set()
+        seen = traced(log=lambda _: box, feedback=FeedbackConfig(kafka=kafka))
+        assert seen.server.chat().status_code == 200
         append = told(seen.spans(3)[APPEND])
+        far.away.clear()
     assert (append["messaging.system"], append["heed.outbox"]) == ("kafka", True)
 
 
 def test_lines_of_the_log_lead_to_the_trace(
     traced: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    from deploy.logs import formatter
-
     caplog.handler.setFormatter(formatter("server", pretty=False))
     caplog.set_level("INFO")
     seen = traced()
@@ -283,6 +292,7 @@ def test_spans_reach_a_collector_by_the_time_the_server_has_stopped(collector: C
 
 def test_a_collector_that_is_away_keeps_no_server_from_stopping(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(traces, "CLOSE_S", 0.3)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # after the test, it gives up soon
     one = Traces(ServingConfig(), exporting("http://127.0.0.1:9"))
     with one.append("heed.exchanges"):
         pass
@@ -291,36 +301,28 @@ def test_a_collector_that_is_away_keeps_no_server_from_stopping(monkeypatch: pyt
     assert time.monotonic() - began < 5
 
 
-WANTED = """
-import sys
-if sys.argv[1] == "missing":
-    sys.modules["opentelemetry.sdk"] = None  # as where the extra is not installed
-from serving.config import ServingConfig
-from serving.claims import CannotStart
-from serving.process import _traces
-try:
-    made = _traces(ServingConfig(traces=sys.argv[2] or None))
-except CannotStart as error:
-    print(int(error.code), error)
-else:
-    print(made is not None, any(name.startswith("opentelemetry.sdk") for name in sys.modules))
-"""
-
-
-@pytest.mark.parametrize(
-    ("extra", "address", "printed"),
-    [
-        ("installed", "", "False False"),
-        (
-            "missing",
-            "http://collector:4318",
-            "2 HEED_TRACES=http://collector:4318: needs OpenTelemetry: pip install 'heed[otel]'",
-        ),
-    ],
-)
-def test_nothing_is_imported_until_wanted_and_what_is_wanted_and_missing_is_said(
-    extra: str, address: str, printed: str
+def test_wanted_and_not_installed_is_said_at_start_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    command = [sys.executable, "-c", WANTED, extra, address]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == printed
+    monkeypatch.delitem(sys.modules, "serving.traces")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # as where the extra is not installed
+    config = ServingConfig(traces="http://collector:4318", feedback=FeedbackConfig(data=tmp_path / "data"))
+    assert serve(config) == Exit.SETTING
+    needs = "heed: HEED_TRACES=http://collector:4318: needs OpenTelemetry: pip install 'heed[otel]'\n"
+    assert capsys.readouterr().err == needs
+
+
+def test_nothing_of_it_is_imported_until_it_is_wanted():
+    """One module imports OpenTelemetry; that module is imported by one function, which asks the setting first."""
+    importers = {str(path): set(imports(path)) for path in modules("feedback", "serving", "learner", "deploy")}
+    found = [path for path, names in importers.items() if any(name.startswith("opentelemetry") for name in names)]
+    assert found == ["serving/traces.py"]
+    at_the_top = {
+        path: name
+        for path, names in importers.items()
+        if "serving.traces" in names
+        for node in ast.parse(read(Path(path))).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and "serving.traces" in (name := ast.unparse(node))
+    }
+    assert at_the_top == {}
+    assert _traces(ServingConfig()) is None
