@@ -16,6 +16,7 @@ from feedback.config import reference
 from learner.config import LearnerConfig
 from learner.metrics import LearnerMetrics
 from serving.metrics import Metrics, Now
+from serving.vllm_metrics import VllmMetrics
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MARKS = re.compile(r"(?P<begin><!-- (?P<name>\w+): [^\n]* -->\n)(?P<made>.*)(?P<end><!-- /(?P=name) -->)", re.DOTALL)
@@ -43,9 +44,10 @@ def metrics() -> str:
 
 def registries() -> dict[str, CollectorRegistry]:
     """What each process exports, as it has just started."""
-    server = Metrics("default")
-    server.watch(lambda: Now(True, 0, 0, 0, 0, 0.0, {0: "base"}))
-    return {"server": server.registry, "learner": LearnerMetrics().registry}
+    server, vllm, now = Metrics("default"), CollectorRegistry(), Now(True, 0, 0, 0, 0, 0.0, {0: "base"})
+    server.watch(lambda: now)
+    vllm.register(VllmMetrics(server, lambda: now))
+    return {"server": server.registry, "server, by HEED_VLLM_METRICS": vllm, "learner": LearnerMetrics().registry}
 
 
 def labels(samples: Iterable[Any]) -> str:
