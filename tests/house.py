@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Imports everything once, then forks a child for each line it reads: a process of its own, without the seconds of
 # importing. The children run what `heed serve` and `heed learn` run. Only the training itself is short, and its gate
-# open, so that between two kills there is time for several versions. How each child ended goes into a file.
+# open, so that between two kills there is time for several versions; or, on demand, only the gate is open, whatever its checks
+# say. How each child ended goes into a file.
 NURSERY = """
-import json, logging, os, signal, sys, time
+import dataclasses, json, logging, os, signal, sys, time
 import torch
 from feedback.config import load
 from learner import loop, process as learning, trainer
@@ -55,6 +56,11 @@ class Quick(trainer.Trainer):
                 up_Or.normal_(0, 0.02)
         return trainer.Candidate(policy.weights(), {}, GateReport(True, []))
 
+class Open(trainer.Trainer):
+    def learn(self, *what, **how):
+        candidate = super().learn(*what, **how)
+        return dataclasses.replace(candidate, gate=GateReport(True, candidate.gate.checks))
+
 def note_ends(*_):
     try:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -62,7 +68,7 @@ def note_ends(*_):
     except ChildProcessError:
         pass
 
-trainer.Trainer = Quick
+trainer.Trainer = Open if sys.argv[3:] == ["trains"] else Quick
 signal.signal(signal.SIGCHLD, note_ends)
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s")
 for name in sys.stdin:
@@ -82,15 +88,15 @@ for name in sys.stdin:
 class House:
     """Server and learner, each while it is started and not ended."""
 
-    def __init__(self, ends: Path, **settings: Any) -> None:
-        """`ends`: a file, made here, of how processes ended."""
+    def __init__(self, ends: Path, *, trains: bool = False, **settings: Any) -> None:
+        """`ends`: a file, made here, of how processes ended. `trains`: whether the learner trains in earnest."""
         self.url = f"http://127.0.0.1:{settings['port']}"
         self.life = 0
         """Grows whenever the server is ended or started."""
         self._ends = ends
         ends.touch()
         self.nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, json.dumps(settings), str(ends)],
+            [sys.executable, "-c", NURSERY, json.dumps(settings), str(ends), *(["trains"] if trains else [])],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,

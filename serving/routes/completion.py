@@ -196,6 +196,7 @@ class Completion:
     def _count(self, stream: Stream, finished: Finished) -> None:
         metrics = self._wiring.metrics
         metrics.tokens.labels("reply").inc(len(finished.reply_ids))
+        metrics.replies.labels(finished.reason).inc()
         if stream.admitted_at is not None:
             metrics.queue.observe(stream.admitted_at - stream.submitted_at)
 
