@@ -39,7 +39,9 @@ from learner.gate import GateReport
 from serving import process as serving
 
 torch.set_num_threads(1)
-config = load(LearnerConfig, environ={}, toml=None, flags=json.loads(sys.argv[1]))
+configs = {
+    name: load(LearnerConfig, environ={}, toml=None, flags=flags) for name, flags in json.loads(sys.argv[1]).items()
+}
 ends = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
 
 class Quick(trainer.Trainer):
@@ -65,13 +67,14 @@ def note_ends(*_):
 trainer.Trainer = Quick
 signal.signal(signal.SIGCHLD, note_ends)
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s")
-for name in sys.stdin:
+for name in map(str.strip, sys.stdin):
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         code = 1
         try:
-            code = serving.serve(config.serving) if name.strip() == "server" else learning.learn(config)
+            config = configs[name]
+            code = learning.learn(config) if name == "learner" else serving.serve(config.serving)
         finally:
             logging.shutdown()
             os._exit(code)
@@ -82,15 +85,17 @@ for name in sys.stdin:
 class House:
     """Server and learner, each while it is started and not ended."""
 
-    def __init__(self, ends: Path, **settings: Any) -> None:
-        """`ends`: a file, made here, of how processes ended."""
+    def __init__(self, ends: Path, second: dict[str, Any] | None = None, **settings: Any) -> None:
+        """`ends`: a file, made here, of how processes ended. `second`: where a second server's settings differ."""
         self.url = f"http://127.0.0.1:{settings['port']}"
+        """Where people find the server."""
         self.life = 0
-        """Grows whenever the server is ended or started."""
+        """Grows whenever a server is ended or started."""
+        own = {"server": settings, "learner": settings} | ({"second": settings | second} if second else {})
         self._ends = ends
         ends.touch()
         self.nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, json.dumps(settings), str(ends)],
+            [sys.executable, "-c", NURSERY, json.dumps(own), str(ends)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -103,7 +108,7 @@ class House:
         assert self.nursery.stdin is not None
         assert self.nursery.stdout is not None
         for name in names:
-            self.life += name == "server"
+            self.life += name != "learner"
             self.nursery.stdin.write(f"{name}\n")
             self.nursery.stdin.flush()
             self.pids[name] = int(self.nursery.stdout.readline())
@@ -112,7 +117,7 @@ class House:
         """Send a signal, and wait; returns the exit codes (minus the signal, where that ended it)."""
         assert self.ended() == {}
         pids = {name: self.pids.pop(name) for name in names}
-        self.life += "server" in names
+        self.life += names != ("learner",)
         for pid in pids.values():
             os.kill(pid, number)
         until(lambda: set(pids.values()) <= self._codes().keys(), f"{names} ended")
