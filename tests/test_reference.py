@@ -64,7 +64,7 @@ def test_routes_are_those_of_the_server():
 
 
 def test_parameters_are_all_told_and_an_error_looks_as_shown(server: Served):
-    taken = {*ChatIn.model_fields, *(f"heed.{name}" for name in HeedIn.model_fields)} - {"heed", "stream_options"}  # of which the parts are told
+    taken = {*ChatIn.model_fields, *(f"heed.{name}" for name in HeedIn.model_fields)} - {"heed", "stream_options"}
     refused = {name for name, field in ChatIn.model_fields.items() if field.annotation is Any}
     assert taken - refused <= set(inline(CHAT))
     [shown] = [block for block in blocks(CHAT, "json") if block.startswith('{"error"')]
