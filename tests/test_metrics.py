@@ -82,7 +82,7 @@ def test_every_route_has_its_answers_and_is_counted_by_its_own_name(serve_with: 
     server = serve_with(speaks=False)
     for route in ANSWERS.keys() - {"other"}:
         server.http.put("/static/chat.js" if route == "/static" else route)
-        assert server.metric("heed_requests_total", route=route, status="405") == 1, route
+        server.until(lambda route=route: server.metric("heed_requests_total", route=route, status="405") == 1)
 
 
 @pytest.mark.parametrize(
