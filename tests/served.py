@@ -216,10 +216,10 @@ def served(
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60) as http:
-            server_seen = Served(url, http, wiring, loop)
-            yield server_seen
-            # what a route can answer stands in serving.metrics.ANSWERS, and every test may show that it lacks something
-            assert server_seen.metric("heed_requests_total", route="other", status="other") == 0
+            seen = Served(url, http, wiring, loop)
+            yield seen
+            # what a route can answer stands in serving.metrics.ANSWERS: any test may show that it lacks something
+            assert seen.metric("heed_requests_total", route="other", status="other") == 0
     finally:
         server.should_exit = True
         thread.join()
