@@ -4,8 +4,8 @@
 #   docker build -t heed:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .       for NVIDIA GPUs: some gigabytes more
 #   docker build -t heed --build-arg EXTRAS=parquet,tensorboard .                     with extras of pyproject.toml
 #
-# It runs as nobody special (uid 10001), and with a root file system that is read-only: all that is written goes to /data
-# (or where HEED_DATA and HEED_ADAPTERS say), and scratch files to /tmp: docker run --read-only --tmpfs /tmp …
+# It runs as nobody special (uid 10001), and where the root file system is read-only (docker run --read-only --tmpfs /tmp …):
+# all that is kept goes to /data. /adapters and /models are for volumes that containers share (HEED_ADAPTERS, HF_HOME).
 FROM python:3.12.13-slim-bookworm AS base
 ENV PATH=/opt/heed/bin:$PATH PYTHONUNBUFFERED=1
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -37,7 +37,7 @@ FROM base
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
   && useradd --uid 10001 --user-group --home-dir /data --no-create-home --shell /usr/sbin/nologin heed \
-  && install --directory --owner heed --group heed /data /adapters
+  && install --directory --owner heed --group heed /data /adapters /models
 COPY --from=needed /opt/heed /opt/heed
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
   pip install --no-deps --no-index /wheel/*.whl && pip check
@@ -59,7 +59,7 @@ VOLUME /data
 EXPOSE 8000 9464
 
 # whether this container serves or learns, it finds out by itself
-HEALTHCHECK --interval=15s --timeout=5s --start-period=60s CMD ["python", "-P", "-m", "deploy.health"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-P", "-m", "deploy.health"]
 
 ENTRYPOINT ["heed"]
 CMD ["serve"]

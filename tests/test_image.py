@@ -151,18 +151,19 @@ def test_heed_s_environments_are_good_settings_and_only_the_server_has_the_secre
         assert (config.feedback.secret is not None) == (name == "server")
 
 
-def test_each_process_has_its_own_data_and_both_share_the_adapters(ours: Json):
-    mounted = {
-        name: {volume["target"]: volume["source"] for volume in service["volumes"]} for name, service in ours.items()
-    }
-    assert {*mounted["server"]} == {*mounted["learner"]} == {"/data", "/adapters"}
-    assert mounted["server"]["/data"] != mounted["learner"]["/data"]
-    assert mounted["server"]["/adapters"] == mounted["learner"]["/adapters"]
+def test_each_process_has_its_own_data_and_both_share_adapters_and_models(ours: Json):
+    server, learner = (
+        {volume["target"]: volume["source"] for volume in ours[name]["volumes"]} for name in ("server", "learner")
+    )
+    assert {*server} == {*learner} == {"/data", "/adapters", "/models"}
+    assert {path for path in server if server[path] == learner[path]} == {"/adapters", "/models"}
     for service in ours.values():
-        config = load(LearnerConfig, environ=service["environment"], toml=None, flags={})
-        assert config.serving.adapters == Path("/adapters")
+        assert service["environment"]["HEED_ADAPTERS"] == "/adapters"
+        assert service["environment"]["HF_HOME"] == "/models"
     # a new volume takes its owner from the folder of the image
-    assert re.search(r"install --directory --owner heed .* /data /adapters$", DOCKERFILE, re.MULTILINE)
+    assert re.search(
+        r"install --directory --owner heed --group heed /data /adapters /models$", DOCKERFILE, re.MULTILINE
+    )
 
 
 def test_what_is_mounted_is_there(services: Json):
