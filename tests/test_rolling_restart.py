@@ -17,10 +17,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from feedback.config import FeedbackConfig, KafkaConfig
+from feedback.events import EXCHANGES, Exchange, parse_event
+from feedback.log import open_log
 from serving.adapters import AdapterStore
-from tests import nginx
+from tests import bases, nginx
 from tests.broker import Broker, free_ports
 from tests.crowd import CHAT, Crowd, counts_each_once
 from tests.house import Folder, House, quick_settings, until
@@ -28,10 +32,10 @@ from tests.valkey import Valkey
 
 SERVERS = ("server", "second")
 SECRET = "shared by both servers"
-DRAIN_S = 2.0
+DRAIN_S = 3.0
 SWITCH_S = 2.0
 NOTICED_S = 2.0
-"""In which nginx, which counts in whole seconds, asks a server again that it had found away."""
+"""Until nginx, which counts in whole seconds, asks a server again that it had found away; less than DRAIN_S."""
 PEOPLE = 8
 EVERY_S = 0.25
 
@@ -45,6 +49,7 @@ class Pair:
     proxy: nginx.Nginx
     urls: dict[str, str]
     """Of each server itself."""
+    store: AdapterStore
 
     def ask(self, name: str, path: str) -> httpx.Response:
         return httpx.get(self.urls[name] + path, timeout=10)
@@ -88,7 +93,7 @@ def pair(tmp_path: Path, model_folder: Path, request: pytest.FixtureRequest) -> 
         proxy = stack.enter_context(nginx.nginx(tmp_path / "nginx", ports))
         house.url = proxy.url
         urls = {name: f"http://127.0.0.1:{port}" for name, port in zip(SERVERS, ports, strict=True)}
-        pair = Pair(house, folder, proxy, urls)
+        pair = Pair(house, folder, proxy, urls, AdapterStore(tmp_path / "adapters", "default"))
         house.start("learner")
         pair.start(*SERVERS)
         yield pair
@@ -117,6 +122,7 @@ def test_a_rolling_restart_fails_no_request_and_kill_9_only_streams_that_had_beg
     assert (crowd.refusals, crowd.oddities) == ({}, []), pair.proxy.troubles()
     assert crowd.outages == crowd.cut_streams <= PEOPLE
     counts(pair, crowd)
+    each_is_one_versions(pair)
 
 
 def talks_on(crowd: Crowd) -> None:
@@ -142,14 +148,12 @@ def drains(pair: Pair, name: str) -> None:
 
 def switch_s(pair: Pair) -> float:
     """Seconds from a change of the release to the moment from which both servers speak the new version."""
-    store = AdapterStore(Path(str(pair.folder.data.parent / "adapters")), "default")
-    before = store.release().current
-    until(lambda: store.release().current > before, "the learner released a version")
-    version = store.release().current
-    changed = next(change.at for change in store.release().changes if change.current == version)
+    before = pair.store.release().current
+    until(lambda: pair.store.release().current > before, "the learner released a version")
+    change = pair.store.release().changes[-1]
     for name in SERVERS:
-        until(lambda name=name: spoken(pair, name) >= version, f"{name} speaks v{version}", SWITCH_S)  # type: ignore[misc]
-    took = time.time() - changed
+        until(lambda name=name: spoken(pair, name) >= change.current, f"{name} speaks it", SWITCH_S)  # type: ignore[misc]
+    took = time.time() - change.at
     assert took < SWITCH_S
     return took
 
@@ -166,3 +170,20 @@ def counts(pair: Pair, crowd: Crowd) -> None:
     with contextlib.closing(pair.folder.state()) as state:
         pair.folder.catch_up(state)  # with what the servers brought to the log after the learner had ended
         counts_each_once(crowd, state)
+
+
+def each_is_one_versions(pair: Pair) -> None:
+    """The first and last replies of each version have the log-probs of a full forward of that version."""
+    with contextlib.closing(open_log(pair.folder.config, writes=())) as log:
+        events = [parse_event(record.event) for record in log.read(EXCHANGES, {}, 100_000)]
+    kept = sorted((event for event in events if isinstance(event, Exchange)), key=lambda event: event.at)
+    versions = {event.version for event in kept} & {0, *pair.store.versions()}
+    assert len(versions) > 2
+    for version in versions:
+        model = AutoModelForCausalLM.from_pretrained(pair.folder.model, dtype=torch.float32)
+        if version:
+            model = bases.with_peft(model, pair.store.load(version, pair.folder.base))
+        contents = [event.content for event in kept if event.version == version]
+        for one in contents[:4] + contents[-4:]:
+            expected_T = bases.logprobs_of(model, one.prompt_ids, one.reply_ids)
+            assert one.raw_logprobs == pytest.approx(expected_T.tolist(), abs=1e-4)
