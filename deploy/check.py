@@ -41,6 +41,14 @@ LOOKS: Mapping[str, Look] = {
     "model": check_model.model,
 }
 """In the order in which they are looked at: one may rely on what those before it saw."""
+REMEDIES = {
+    "log": "Stop Heed, and put that file back from a copy (heed backup).",
+    "reading": "heed learn --rebuild makes the learner's state anew from the log.",
+    "keys": "Until then no server starts; one that runs keeps the keys it has.",
+    "probes": "Until then no learner starts.",
+    "model": "See HEED_MODEL: name another, or fetch it again.",
+}
+"""What to do about a fault that says of itself no more than what it is."""
 
 
 def run(config: LearnerConfig, environ: Mapping[str, str], console: Console, as_json: bool) -> int:
@@ -77,7 +85,7 @@ def guarded(name: str, look: partial[Iterator[Finding]]) -> Iterator[Finding]:
     except Exception as error:
         if exit_code_of(error) is None:
             raise
-        yield Finding(name, "fail", str(error))
+        yield Finding(name, "fail", str(error), REMEDIES.get(name, ""))
 
 
 def line(finding: Finding) -> Table:

@@ -14,6 +14,7 @@ from deploy.finding import Finding, Seen, Verdict
 
 DISK_WARN, DISK_FAIL = 2 << 30, 200 << 20
 """Free bytes of a disk below which to warn, and to fail."""
+_EFFECTIVE = {"effective_ids": os.access in os.supports_effective_ids}
 FEW_FILES = 1000
 """So many more files must fit on a disk."""
 
@@ -23,11 +24,11 @@ def folders(seen: Seen) -> Iterator[Finding]:
     config = seen.config
     yield _folder("data", config.serving.feedback.data, "HEED_DATA")
     if config.serving.adapters is not None:
-        yield _folder("adapters", config.serving.adapters, "HEED_ADAPTERS")
+        yield _folder("store", config.serving.adapters, "HEED_ADAPTERS")
 
 
 def _folder(name: str, folder: Path, setting: str) -> Finding:
-    folder, place = folder.absolute(), _existing(folder)
+    folder, place = folder.absolute(), _existing(folder.absolute())
     if not place.is_dir():
         return Finding(name, "fail", f"{place} is not a folder", f"Name another one with {setting}.")
     try:
@@ -36,7 +37,7 @@ def _folder(name: str, folder: Path, setting: str) -> Finding:
     except OSError as error:
         do = f"Give it to that user (chown -R), start Heed as its owner, or set {setting}. Owner: {_owner(place)}."
         return Finding(name, "fail", f"{place} cannot be written by {_user()}: {error.strerror}", do)
-    closed = next((path for path in _files(folder) if not os.access(path, os.R_OK | os.W_OK)), None)
+    closed = next((path for path in _files(folder) if not os.access(path, os.R_OK | os.W_OK, **_EFFECTIVE)), None)
     if closed is not None:
         do = f"It belongs to {_owner(closed)}: give it to the user that Heed runs as, e.g. chown -R."
         return Finding(name, "fail", f"{closed} cannot be read and written by {_user()}", do)
@@ -45,7 +46,7 @@ def _folder(name: str, folder: Path, setting: str) -> Finding:
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest above it that is there."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -177,7 +177,7 @@ def learning(seen: Seen) -> Iterator[Finding]:
         yield Finding("release", "warn", f"{told['current']} is released, and the server speaks {told['speaking']}", do)
     at, why = told.get("seen_at"), told.get("why")
     if at is None:
-        yield Finding("learning", "warn", str(why), "")
+        yield Finding("learning", "warn", str(why), "Start one: heed up (or heed learn).")
         return
     if (silent := time.time() - at) > SILENT_S:
         do = "Its last words stand below. See its log." if seen.learns else "Start it: heed up (or heed learn)."

@@ -22,19 +22,19 @@ def settings(config: LearnerConfig, environ: Mapping[str, str]) -> Iterator[Find
 
 
 def keys(seen: Seen) -> Iterator[Finding]:
-    from serving.keys import Keys
-
     path = seen.config.serving.api_keys_file
     if path is not None:
+        from serving.keys import Keys
+
         yield Finding("keys", "ok", f"{path}: {', '.join(Keys(path).names)}")
 
 
 def probes(seen: Seen) -> Iterator[Finding]:
-    config = seen.config
-    from learner.probes import read_probes
+    path = seen.config.probes
+    if path is not None:
+        from learner.probes import read_probes  # which loads torch
 
-    if config.probes is not None:
-        yield Finding("probes", "ok", f"{config.probes}: {', '.join(read_probes(config.probes))}")
+        yield Finding("probes", "ok", f"{path}: {', '.join(read_probes(path))}")
 
 
 def secret(seen: Seen) -> Iterator[Finding]:
