@@ -90,6 +90,15 @@ def test_each_alert_is_explained_under_its_name():
         assert all(f"\n**{heading}**" in part for heading in ("It means", "Look at", "Do")), part
 
 
+def test_panels_that_are_named_are_on_a_dashboard():
+    boards = [path.read_text("utf-8") for path in (ROOT / "deploy" / "grafana").glob("*.json")]
+    there = {title for board in boards for title in re.findall(r'^ +"title": "(.+)",?$', board, re.MULTILINE)}
+    guide = PAGES["docs/learning.md"].partition("## The dashboards\n")[2].partition("\n## ")[0]
+    named = re.findall(r'"([A-Z][^"]+)"', guide + OPERATIONS.partition("## Alerts\n")[2])
+    assert len(named) > 15
+    assert set(named) <= there
+
+
 def test_functions_that_formulas_lead_to_exist():
     told = re.findall(r"\[`([\w/]+\.py)::([\w.]+)`\]\(([^)]+)\)", EVERYTHING)
     assert len(told) > 30
