@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 PYTHON ?=
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-.PHONY: help up test lint format bench bench-learn bench-learn-peers bench-gold bench-serving bench-swaps bench-turns bench-decode bench-ingest soak faults clean
+.PHONY: help up test lint format docs bench bench-learn bench-learn-peers bench-gold bench-serving bench-swaps bench-turns bench-decode bench-ingest soak faults clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -30,6 +30,9 @@ lint: $(VENV)/.heed-test ## check style and types
 format: $(VENV)/.heed-test ## put imports and layout in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.heed-test ## the documents as a site, into build/site; wrong links fail
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: bench-learn bench-learn-peers bench-gold bench-serving bench-swaps bench-turns bench-decode bench-ingest ## run the benchmarks (hours; finished parts are kept)
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from deploy import completing
 from deploy.door import NotDone, guarded, prepare_process, server, settings
 
 app = typer.Typer(
@@ -78,7 +79,7 @@ def serve(
     """Start the server alone."""
     flags = {"data": data, "port": port, "model": model, "host": host, "insecure": insecure or None}
     config = settings(warn=not supervised, **flags)
-    prepare_process(supervised)
+    prepare_process(config.serving, "server", supervised)
     from serving.process import serve as run
 
     raise typer.Exit(run(config.serving))
@@ -96,7 +97,7 @@ def learn(
 ) -> None:
     """Start the learner alone."""
     config = settings(warn=not supervised, data=data, model=model)
-    prepare_process(supervised)
+    prepare_process(config.serving, "learner", supervised)
     from learner.process import learn as run
 
     raise typer.Exit(run(config, until_idle=until_idle, rebuild=rebuild))
@@ -107,7 +108,9 @@ def chat(
     url: Url = None,
     key: ApiKey = None,
     user: Annotated[str | None, typer.Option(help="Who you are as a rater. (your login name)")] = None,
-    model: Annotated[str, typer.Option(help="A policy, or one version of it: default@v3.")] = "default",
+    model: Annotated[
+        str, typer.Option(help="A policy, or one version of it: default@v3.", autocompletion=completing.speakers)
+    ] = "default",
 ) -> None:
     """Talk and rate in the terminal."""
     from deploy.chat import chat as run
@@ -121,7 +124,11 @@ def simulate(
     url: Url = None,
     key: ApiKey = None,
     rater: Annotated[
-        str, typer.Option(help="What they like: a manner, or several joined by +, as emoji+short; ? lists them.")
+        str,
+        typer.Option(
+            help="What they like: a manner, or several joined by +, as emoji+short; ? lists them.",
+            autocompletion=completing.one_of(completing.tastes, joined_by="+"),
+        ),
     ] = "emoji",
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of their judgements that is wrong.")] = 0.1,
     bias: Annotated[float, typer.Option(min=0, help="How much they differ in harshness, log-odds.")] = 0.0,
@@ -129,7 +136,11 @@ def simulate(
     exchanges: Annotated[int, typer.Option(min=1, help="Exchanges to have and rate.")] = 500,
     raters: Annotated[int, typer.Option(min=1, help="How many people.")] = 24,
     kinds: Annotated[
-        str, typer.Option(help="How they rate, in turn: thumb, rating, preference, correction.")
+        str,
+        typer.Option(
+            help="How they rate, in turn: thumb, rating, preference, correction.",
+            autocompletion=completing.one_of(completing.kinds, joined_by=","),
+        ),
     ] = "thumb",
     prompts: Annotated[
         Path | None, typer.Option(help="JSON array of what they say. (those of the built-in model)")
@@ -156,10 +167,26 @@ def simulate(
 def check(
     data: Data = None, port: Port = None, model: Model = None, host: Host = None, as_json: AsJson = False
 ) -> None:
-    """Is everything here reachable and sane? Model, log, adapters, disk, clock, device, server, learner."""
+    """Is everything here reachable and sane? What is not, and what to do; it changes nothing."""
     from deploy.check import run
 
-    raise typer.Exit(run(settings(data=data, port=port, model=model, host=host), Console(), as_json))
+    config = settings(warn=False, data=data, port=port, model=model, host=host)
+    raise typer.Exit(run(config, os.environ, Console(stderr=as_json), as_json))
+
+
+@app.command()
+def backup(
+    out: Annotated[Path, typer.Argument(help="The folder to make, e.g. /backups/heed-2026-11-26.")],
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy the data folder while everything runs: what was learned, adapters, log and secret.
+
+    The copy is a data folder: to restore it, stop Heed, put the copy in its place, and start. Kafka keeps its own log.
+    """
+    from deploy.backup import run
+
+    run(out, settings(data=data), Console(), as_json)
 
 
 @app.command()
@@ -183,13 +210,26 @@ def pretrain(
 def bench_learn(
     objective: Annotated[
         list[str] | None,
-        typer.Option(help="ppo, a2c, reinforce, rloo, kto, dpo or sft; may be repeated. (HEED_OBJECTIVE, else ppo)"),
+        typer.Option(
+            help="ppo, a2c, reinforce, rloo, kto, dpo or sft; may be repeated. (HEED_OBJECTIVE, else ppo)",
+            autocompletion=completing.one_of(completing.objectives),
+        ),
     ] = None,
     rater: Annotated[
-        list[str] | None, typer.Option(help="What people like, as in heed simulate; may be repeated. (emoji)")
+        list[str] | None,
+        typer.Option(
+            help="What people like, as in heed simulate; may be repeated. (emoji)",
+            autocompletion=completing.one_of(completing.tastes, joined_by="+"),
+        ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Judgements of a run.")] = 300,
-    kind: Annotated[str, typer.Option(help="How they judge: thumb or preference.")] = "thumb",
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="How they judge: thumb or preference.",
+            autocompletion=completing.one_of(lambda: ("thumb", "preference")),
+        ),
+    ] = "thumb",
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of their judgements that is wrong.")] = 0.1,
     seed: Annotated[
         list[int] | None, typer.Option(help="The same seed: the same feedback; may be repeated. (0)")
@@ -215,8 +255,11 @@ def list_versions(data: Data = None, as_json: AsJson = False) -> None:
     print(json.dumps(listed)) if as_json else versions.print_listing(listed, Console())
 
 
+Version = Annotated[str, typer.Argument(help="As v3 or 3; v0 is the base.", autocompletion=completing.versions)]
+
+
 @adapters.command("show")
-def show_version(version: str, data: Data = None, as_json: AsJson = False) -> None:
+def show_version(version: Version, data: Data = None, as_json: AsJson = False) -> None:
     """All that is known of a version, as JSON: parent, feedback, update, gate, files. --json puts it on one line."""
     from deploy import versions
 
@@ -229,7 +272,7 @@ Reason = Annotated[str, typer.Option(help="Why; kept in the release's history.")
 
 @adapters.command("promote")
 def promote_version(
-    version: str, reason: Reason = "", data: Data = None, model: Model = None, as_json: AsJson = False
+    version: Version, reason: Reason = "", data: Data = None, model: Model = None, as_json: AsJson = False
 ) -> None:
     """Serve this version from now on, gated or not (v0: the base)."""
     from deploy import versions
@@ -254,7 +297,9 @@ def roll_back(reason: Reason = "", data: Data = None, as_json: AsJson = False) -
 
 @adapters.command("verify")
 def verify_versions(
-    version: Annotated[str | None, typer.Argument(help="One version. (all)")] = None,
+    version: Annotated[
+        str | None, typer.Argument(help="One version. (all)", autocompletion=completing.versions)
+    ] = None,
     data: Data = None,
     model: Model = None,
     as_json: AsJson = False,
@@ -284,7 +329,14 @@ def import_adapter(folder: Path, data: Data = None, model: Model = None, as_json
 @judgements.command("import")
 def import_feedback(
     file: Annotated[Path, typer.Argument(help="JSONL, CSV or Parquet, with TRL's column names.")],
-    format_: Annotated[str | None, typer.Option("--format", help="jsonl, csv or parquet. (by the suffix)")] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="jsonl, csv or parquet. (by the suffix)",
+            autocompletion=completing.one_of(completing.formats),
+        ),
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad lines out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the file.")] = False,
     data: Data = None,
@@ -306,9 +358,20 @@ def import_feedback(
 @judgements.command("export")
 def export_feedback(
     out: Annotated[Path | None, typer.Option(help="Folder of the files, or the file of one kind.")] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="jsonl or parquet.")] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="jsonl or parquet.",
+            autocompletion=completing.one_of(lambda: ("jsonl", "parquet")),
+        ),
+    ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="unpaired, preferences, ratings or exchanges, to --out or printed. (all)")
+        str | None,
+        typer.Option(
+            help="unpaired, preferences, ratings or exchanges, to --out or printed. (all)",
+            autocompletion=completing.one_of(lambda: ("unpaired", "preferences", "ratings", "exchanges")),
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also feedback that does not count.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Prompts and replies as texts, not as messages.")] = False,

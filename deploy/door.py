@@ -6,7 +6,6 @@ cannot succeed as things are (serving/exits.py).
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -19,7 +18,9 @@ from rich.markup import escape
 from serving.exits import Exit
 
 if TYPE_CHECKING:
+    from deploy.logs import Process
     from learner.config import LearnerConfig
+    from serving.config import ServingConfig
 
 EXPECTED = {
     "feedback.config.SettingError": Exit.SETTING,
@@ -84,11 +85,11 @@ def server(url: str | None, key: str | None) -> tuple[str, str | None]:
     return url if "://" in url else f"http://{url}", serving.api_key
 
 
-def prepare_process(supervised: bool) -> None:
+def prepare_process(config: ServingConfig, process: Process, supervised: bool) -> None:
     """What a server or learner needs before its first heavy import: a log on standard error, and its supervisor."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for room in ("feedback", "serving", "learner"):
-        logging.getLogger(room).setLevel(logging.INFO)
+    from deploy.logs import set_up_logs
+
+    set_up_logs(config, process, supervised=supervised)
     if supervised:
         from deploy.local import stop_with_the_supervisor
 

@@ -103,6 +103,8 @@ def run(plan: Plan, console: Console, as_json: bool) -> None:
     tally = Tally()
     with Live(console=console, refresh_per_second=4, get_renderable=lambda: picture(tally, plan)):
         asyncio.run(simulate(plan, people, prompts, kinds, tally))
+    if not console.is_terminal:
+        console.print()  # which the last picture lacks there
     if as_json:
         print(json.dumps(tally.summary(plan)))
     else:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import socket
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,10 +18,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from deploy.local import Child, Supervisor, Timing, url_of
+from deploy.local import Child, Say, Supervisor, Timing, url_of
+from deploy.logs import set_up_logs
 from learner.config import LearnerConfig
 
 COLOURS = {"server": "cyan", "learner": "magenta", "heed": "green"}
+
+_log = logging.getLogger(__name__)
 
 
 def run_local(config: LearnerConfig, environ: Mapping[str, str], console: Console, timing: Timing | None = None) -> int:
@@ -28,20 +33,33 @@ def run_local(config: LearnerConfig, environ: Mapping[str, str], console: Consol
     port = serving.port or free_port(serving.host)
     environ = environ_of_children(config, port, environ)
 
-    def say(source: str, line: str) -> None:
-        with contextlib.suppress(OSError, SystemExit):  # a terminal that closed, a full disk: no reason to stop serving
-            console.print(Text(f"{source:>7} | ", COLOURS[source]) + Text(line), soft_wrap=True)
-
+    if serving.log_format == "json":
+        set_up_logs(serving, "supervisor", sys.stdout)
+    say = _as_json if serving.log_format == "json" else partial(_for_people, console)
     supervisor = Supervisor(
         Child("server", command("serve"), environ),
         Child("learner", command("learn"), environ),
         ready=(serving.host, port),
         say=say,
-        on_ready=lambda: welcome(config, port, console),
+        on_ready=lambda: welcome(config, port, console, say),
         timing=timing,
     )
     say("heed", f"starting the server, then the learner; everything is kept in {serving.feedback.data.absolute()}")
     return asyncio.run(supervised(supervisor))
+
+
+def _for_people(console: Console, source: str, line: str) -> None:
+    with contextlib.suppress(OSError, SystemExit):  # a terminal that closed, a full disk: no reason to stop serving
+        console.print(Text(f"{source:>7} | ", COLOURS[source]) + Text(line), soft_wrap=True)
+
+
+def _as_json(source: str, line: str) -> None:
+    """The children's lines are JSON already, and say whose they are."""
+    if source == "heed":
+        _log.info(line)
+    else:
+        with contextlib.suppress(OSError):
+            print(line, flush=True)
 
 
 async def supervised(supervisor: Supervisor) -> int:
@@ -64,6 +82,8 @@ def environ_of_children(config: LearnerConfig, port: int, environ: Mapping[str, 
         **({"HEED_INSECURE": "true"} if serving.insecure else {}),
         "PYTHONUNBUFFERED": "1",
     }
+    if serving.log_format == "auto":
+        handed_on["HEED_LOG_FORMAT"] = "pretty"  # they write into a pipe, but people read what comes out of it
     if "drain_delay_s" not in serving.model_fields_set:
         handed_on["HEED_DRAIN_DELAY_S"] = "0"  # no proxy stands before it that would have to notice
     # server and learner share the cores: threads that spin while they wait would stop each other, tenfold slower
@@ -78,7 +98,7 @@ def free_port(host: str) -> int:
         return port
 
 
-def welcome(config: LearnerConfig, port: int, console: Console) -> None:
+def welcome(config: LearnerConfig, port: int, console: Console, say: Say) -> None:
     """Where everything is, and what to do first."""
     url, heed = url_of(config.serving.host, port), own_name()
     named = "" if port == 8000 else f" --url {url}"
@@ -99,9 +119,9 @@ def welcome(config: LearnerConfig, port: int, console: Console) -> None:
         "watch it learn": f"{heed} simulate --rater emoji{named}",
         "stop": "Ctrl-C",
     }
-    if not console.is_terminal:
+    if not console.is_terminal or config.serving.log_format == "json":
         for what, value in {**places, **nexts}.items():
-            console.print(f"   heed | {what}: {value}", soft_wrap=True, markup=False, highlight=False)
+            say("heed", f"{what}: {value}")
         return
     table = Table.grid(padding=(0, 2))
     for what, value in {**places, "": "", **nexts}.items():

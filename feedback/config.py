@@ -225,6 +225,16 @@ def reference(config: type[BaseModel]) -> list[SettingDoc]:
     ]
 
 
+def differing(made: Settings) -> dict[str, str]:
+    """Variable → value, of each setting that is not its default; of a secret only that it is set."""
+    leaves = dict(_leaves(type(made)))
+    return {
+        variable(key): _words(value) if leaves[key].repr else "(hidden)"
+        for key, value in _flat(made)
+        if value != leaves[key].default
+    }
+
+
 def variable(key: str) -> str:
     """The environment variable of a setting."""
     return "HEED_" + key.upper()

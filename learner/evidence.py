@@ -143,6 +143,15 @@ def weigh(judgements: Sequence[Judgement], config: RewardConfig) -> list[float]:
     ]
 
 
+def top_share(raters: Sequence[str | None], weights: Sequence[float]) -> float:
+    """What the judgements of the heaviest rater weigh, of the weight of all; those of nobody in particular are no one's."""
+    given = defaultdict[str, float](float)
+    for rater, weight in zip(raters, weights, strict=True):
+        if rater:
+            given[rater] += weight
+    return max(given.values(), default=0.0) / (sum(weights) or 1.0)
+
+
 def chance_nll(judgements: Sequence[Judgement]) -> float:
     """Nats a judgement of a model that knows how often each value is given and nothing else."""
     total, values = 0.0, defaultdict[str, Counter[float]](Counter)

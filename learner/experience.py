@@ -116,6 +116,8 @@ class Collector:
         advantages_BT = ppo.whiten(self.objective.advantages(rewards_BT, values_BT, mask_BT), mask_BT)
         figures = self.figures(fresh, scores_B, seen.kl_BT, k1_BT)
         own = slice(len(fresh))
+        # the mean of −log p over the policy's own samples: an estimate without bias that costs nothing
+        figures["entropy"] = -float(ppo.masked_mean(seen.new_BT[own], mask_BT[own]))
         figures["explained_variance"] = ppo.explained_variance(values_BT[own], returns_BT[own], mask_BT[own])
         if served:
             figures["live"] = float(len(served))

@@ -12,7 +12,7 @@ already is published, any other is run again under its number.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,15 @@ class Ledger:
     def last(self) -> Update | None:
         """The newest update, finished or not."""
         return self._one("")
+
+    def ended(self) -> Update | None:
+        """The newest update that is over."""
+        return self._one("WHERE finished IS NOT NULL")
+
+    def reports(self) -> Iterator[Json]:
+        """What each update that reached the gate reported, the oldest first."""
+        for (report,) in self.state.db.execute("SELECT report FROM updates WHERE report IS NOT NULL ORDER BY number"):
+            yield json.loads(report)
 
     def unfinished(self) -> Update | None:
         """The update that is running or waits to be released."""

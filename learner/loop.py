@@ -98,7 +98,7 @@ class Learner:
         self.checkpoints = Checkpoints(config.folder / "checkpoints", trainer)
         self.phases: Phases | None = None
         self.looked = self.reported = self.report_took_s = 0.0
-        self.news = False
+        self.news = self.remembered = False
 
     def run(self, until_idle: bool = False) -> None:
         """Learn until told to stop; with `until_idle`, until the log is drained and no update is due."""
@@ -159,6 +159,10 @@ class Learner:
         more = self.intake.absorb()
         if not more and not self.ledger.of_this_base():
             self.ledger.adopt(self.releaser.made_by_updates(), self.store.release().approved)
+            self.remembered = False
+        if not self.remembered:
+            self.notices.remember(self.ledger)
+            self.remembered = True
         self.releaser.mirror()
         self.news = self.notices.stories() or self.news
         self.notices.freshness()
@@ -174,9 +178,8 @@ class Learner:
         doing = str(self.phases) if self.phases else self.notices.trouble
         release, needed = self.store.release(), self.due.needed()
         now = self.reported
-        self.notices.report(
-            policy_report(self.state, self.ledger, release=release, now=now, needed=needed, doing=doing)
-        )
+        report = policy_report(self.state, self.ledger, release=release, now=now, needed=needed, doing=doing)
+        self.notices.report(report, needed)
         self.news, self.report_took_s = False, self.clock() - now
 
     def say_away(self, error: Exception) -> None:
@@ -270,6 +273,7 @@ class Learner:
             update={**learned.report, "number": update.number},
             gate=learned.gate,
             page=lambda version: self.page(update, candidate, version),
+            above=max(self.state.highest_version(), self.releaser.highest_mirrored),
         )
         if self.store.page(version).exists():
             _log.info("update %d: its report is %s", update.number, self.store.page(version))
@@ -283,7 +287,9 @@ class Learner:
         if manifest is None:
             return update
         reached = dict.fromkeys(("in_reward_model", "in_update"), manifest.created)
-        return self.ledger.published(update, manifest.version, Learned(manifest.update, manifest.gate, reached))
+        update = self.ledger.published(update, manifest.version, Learned(manifest.update, manifest.gate, reached))
+        self.notices.learned(update)
+        return update
 
     def release(self, update: Update) -> Update:
         """Have the release name a published version, which servers follow. While a pause holds it back it stays published."""

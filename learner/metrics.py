@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -12,7 +13,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
 
+from feedback.events import EXCHANGES, FEEDBACK
 from learner.figures import FIGURES, figures
+
+OUTCOMES = ("released", "refused", "failed", "passed_over")
+PHASES = ("reward", "rollouts", "ppo", "gate")
+CHECKS = ("reward_model", "changed", "no_worse", "kl", "length", "ended", "repetition", "variety", "probes")
+VERDICTS = ("pass", "fail", "skipped")
 
 DROPS = ("no_exchange", "too_old", "conflict", "malformed", "newer_schema")
 """Why feedback, or an event, does not count."""
@@ -21,13 +28,17 @@ FATES = ("pending", "joined", "superseded", "retracted", "duplicate", "late")
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PHASE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 900, 3600, 14400)
-_FRESHNESS_BUCKETS = (5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1800, 3600, 14400, 86400)
+_FRESHNESS_BUCKETS = (
+    *(5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400, 172800, 604800),
+)
+"""To a week: a judgement waits for enough others, and where few people judge that takes days."""
 
 
 class LearnerMetrics:
-    """Every metric of the learner, in a registry of its own. Safe from any thread."""
+    """Every metric of the learner, in a registry of its own, with every label set from the start. Safe from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, kl_limit: float = 0.0) -> None:
+        """`kl_limit`: the setting, nats a reply."""
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
         self.lag = Gauge("heed_learner_offset_lag", "Events in the log not yet absorbed.", ["topic"], **own)
@@ -45,8 +56,13 @@ class LearnerMetrics:
         self.dropped = _Totals("heed_feedback_dropped", "Feedback that does not count.", "reason", DROPS)
         self.registry.register(self.dropped)
         self.fates = Gauge("heed_feedback_fates", "Feedback by what became of it.", ["fate"], **own)
-        for fate in FATES:
-            self.fates.labels(fate)
+        self.waiting = Gauge("heed_judgements_waiting", "New judgements that no update has learned from.", **own)
+        self.due = Gauge("heed_judgements_due", "New judgements that start an update now.", **own)
+        self.last_update = Gauge(
+            "heed_last_update_timestamp_seconds", "When the last update ended, since the epoch; 0: none yet.", **own
+        )
+        Gauge("heed_kl_limit_nats", "KL to the base that an update may end at (HEED_KL_LIMIT).", **own).set(kl_limit)
+        self._prepare()
         self.figures = {name: Gauge(name, text, **own) for name, (text, _) in FIGURES.items()}
 
     def show(self, report: Mapping[str, Any]) -> None:
@@ -57,9 +73,22 @@ class LearnerMetrics:
     def count(self, feedback: Mapping[str, Any]) -> None:
         """Show how much feedback there is of each fate, from learner.report.feedback_counts."""
         self.dropped.reach(feedback["dropped"])
+        self.waiting.set(feedback["new"])
         counted = {**feedback["by_status"], "duplicate": feedback["duplicates"], "late": feedback["late"]}
         for fate in FATES:
             self.fates.labels(fate).set(counted.get(fate, 0))
+
+    def _prepare(self) -> None:
+        for topic in (EXCHANGES, FEEDBACK):
+            self.lag.labels(topic)
+        for outcome in OUTCOMES:
+            self.updates.labels(outcome)
+        for phase in PHASES:
+            self.seconds.labels(phase)
+        for check, verdict in itertools.product(CHECKS, VERDICTS):
+            self.checks.labels(check, verdict)
+        for fate in FATES:
+            self.fates.labels(fate)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from feedback.board import Story
 from learner.board import LearnersBoard
-from learner.ledger import Update
+from learner.ledger import Ledger, Update
 from learner.metrics import LearnerMetrics
 from learner.phases import Phases
 from learner.state import State
@@ -67,10 +67,11 @@ class Notices:
                 self.metrics.freshness.observe(seconds)
         self._activations = activations
 
-    def report(self, report: Mapping[str, Any]) -> None:
-        """Show the learner's part of GET /v1/policy."""
+    def report(self, report: Mapping[str, Any], needed: int) -> None:
+        """Show the learner's part of GET /v1/policy; `needed`: new judgements that start an update now."""
         self.board.set_report(REPORT, json.dumps(report, allow_nan=False))
         self.metrics.count(report["feedback"])
+        self.metrics.due.set(needed)
 
     def went_on(self, phases: Phases, *, entered: bool, batch: bool) -> None:
         """Show that an update entered a phase, or brought a batch."""
@@ -92,6 +93,14 @@ class Notices:
                 _log.exception("%s is told nothing more", type(watcher).__name__)
                 self.watchers.remove(watcher)
 
+    def remember(self, ledger: Ledger) -> None:
+        """Show what a learner before this one showed of its updates."""
+        for report in ledger.reports():
+            self.metrics.show(report)
+        last = ledger.ended()
+        if last is not None:
+            self.metrics.last_update.set(last.finished or 0.0)
+
     def learned(self, update: Update) -> None:
         """Show the figures of an update that reached the gate."""
         self._tell(lambda watcher: watcher.learned(update))
@@ -105,6 +114,7 @@ class Notices:
     def ended(self, update: Update) -> None:
         """Count and say how an update ended."""
         self.metrics.updates.labels(update.status).inc()
+        self.metrics.last_update.set(update.finished or 0.0)
         if update.status == "released":
             self._activations = {}  # the server may have noted this version before the learner did
             _log.info("update %d: v%s is released", update.number, update.version)

@@ -77,7 +77,7 @@ def _learn(
     # the store too: a learner of another data folder would publish over this one's versions, and release over its releases
     store_folder = config.serving.adapter_root / policy
     _patiently(lambda: _hold_lock(store_folder, f"policy {policy}", stopping, stack), stopping)
-    metrics = LearnerMetrics()
+    metrics = LearnerMetrics(config.kl_limit)
     _serve_metrics(config, metrics, stack)
     stand_behind_the_server(config.nice)
 

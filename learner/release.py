@@ -30,6 +30,8 @@ class Releaser:
         self.base = base
         self.log = log
         self._mirrored: int | None = None
+        self.highest_mirrored = 0
+        """Of the versions that releases in the log name: the store may have been restored from an older copy."""
 
     def promote(self, version: int, *, instead_of: int, reason: str) -> Outcome:
         """Serve a gated version to everyone, unless the release is paused or no longer names `instead_of`.
@@ -122,6 +124,8 @@ class Releaser:
         generation, reached = 0, dict[str, int]()
         while records := self.log.read(RELEASES, reached, 1000):
             reached |= {record.partition: record.offset for record in records}
-            own = [record.event for record in records if record.key == self.store.policy]
-            generation = Release.model_validate_json(own[-1]).generation if own else generation
+            own = [Release.model_validate_json(one.event) for one in records if one.key == self.store.policy]
+            generation = own[-1].generation if own else generation
+            named = [change.current for release in own for change in release.changes]
+            self.highest_mirrored = max(self.highest_mirrored, *named, *(release.current for release in own))
         return generation

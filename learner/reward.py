@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 from learner.concordance import concordance
 from learner.crossfit import CrossFit, Member, RewardConfig
 from learner.evaluation import Bin, Figures, by_channel, calibration, compared, rater_agreement, surprises
-from learner.evidence import chance_nll
+from learner.evidence import chance_nll, top_share
 from learner.features import Tables
 from learner.judgement import Key
 from learner.prepare import NOBODYS
@@ -57,6 +57,8 @@ class RewardReport:
     """Of unseen thumbs, in up to ten bins: the chance of a thumb up foretold, the share seen, and how many."""
     rater_agreement: float | None = None
     """Of two people who judged the same: how often they say the same. None: nobody judged what another did."""
+    top_rater_share: float = 0.0
+    """Of the weight of all judgements, what those of the heaviest rater weigh; 0: nobody gave a name."""
     unseen: Mapping[str, Figures] = field(default_factory=dict)
     """By kind, with aspect or signal: of cross-fitted predictions, by members that knew neither judgement nor rater."""
     later: Mapping[str, Figures] = field(default_factory=dict)
@@ -169,6 +171,7 @@ class RewardModel:
             penalty=fit.penalty,
             agreement=_agreement(utility_KB),
             rater_agreement=rater_agreement(fit.judgements),
+            top_rater_share=top_share([judgement.user for judgement in fit.judgements], fit.evidence.weight_J.tolist()),
             unseen=unseen,
             later=by_channel(fit.later()),
             calibration=calibration(fit.unseen(), "thumb"),

@@ -130,6 +130,12 @@ class State:
             db.execute("DELETE FROM retractions WHERE at < ? AND id NOT IN (SELECT id FROM feedback)", (unspoken_of,))
         return max(len(old), gone) == most
 
+    def highest_version(self) -> int:
+        """Of this policy's versions that spoke, of whatever base."""
+        query = "SELECT coalesce(max(version), 0) FROM exchanges WHERE policy = :policy"
+        highest: int = self.db.execute(query, self.line).fetchone()[0]
+        return highest
+
     def judgement_count(self, *, fresh: bool) -> int:
         """All that is learned from now; with `fresh`, thumbs, ratings and preferences that no update of this base has learned
         from yet."""

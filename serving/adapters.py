@@ -69,16 +69,18 @@ class AdapterStore:
         gate: Mapping[str, JsonValue] | None = None,
         imported_from: str | None = None,
         page: Callable[[int], str | None] = lambda version: None,
+        above: int = 0,
     ) -> int:
         """Keep an adapter (weights, or a directory in PEFT's format) as the next version, and return its number.
 
         It is verified as a server would before anyone can see it; it is served to nobody until it is promoted. `page`: what
         people are to read of the version of this number, HTML or None, kept beside the manifest for its owner's eyes alone.
+        `above`: the highest number known elsewhere, which a store restored from an older copy has forgotten.
         Raises BadAdapter, StoreBusy, and OSError (a full disk: nothing is left behind but a number never used).
         """
         with locked(self.folder / ".publish.lock"):
             self._sweep()
-            version = self._take_number()
+            version = self._take_number(above)
             draft = self.folder / f".v{version:06d}.{secrets.token_hex(4)}.tmp"
             draft.mkdir()
             try:
@@ -255,8 +257,8 @@ class AdapterStore:
             with (draft / file).open("rb") as handle:
                 os.fsync(handle.fileno())
 
-    def _take_number(self) -> int:
-        """The next version number: one above every number ever seen. The caller holds the publish lock.
+    def _take_number(self, above: int) -> int:
+        """The next version number: one above every number ever seen, and `above`. The caller holds the publish lock.
 
         It is written down before it is used, so that neither a crash nor a deletion can bring it back.
         """
@@ -264,7 +266,7 @@ class AdapterStore:
         noted = mark.read_text().strip() if mark.is_file() else ""
         named = (_ANY_NUMBER.fullmatch(path.name) for path in self._entries())
         seen = [int(match[1]) for match in named if match] + self._released()
-        version = max(int(noted) if noted.isdecimal() else 0, *seen, 0) + 1
+        version = max(int(noted) if noted.isdecimal() else 0, *seen, above) + 1
         replace(mark, f"{version}\n".encode())
         return version
 

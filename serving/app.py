@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -26,6 +26,10 @@ from serving.routes import admin, chat, feedback, operations, policy
 from serving.routes.door import Door
 from serving.routes.wiring import Speaker, Wiring
 from serving.swap import SwapReport
+from serving.vllm_metrics import VllmMetrics
+
+if TYPE_CHECKING:
+    from serving.traces import Traces
 
 HINT_WAIT_S = 5.0
 """After which a connection that broke while waiting for a hint is made again."""
@@ -39,12 +43,13 @@ def create_app(
     board: Board,
     store: AdapterStore,
     keys: Keys | None = None,
+    traces: Traces | None = None,
     speaker: Speaker | None = None,
 ) -> FastAPI:
     """An application over these parts, which the caller opened and will close.
 
-    Without `keys` everyone is answered. Without a `speaker` (engine, chat, base, swapper) it answers all but chats; give
-    it one later as `app.state.wiring.speaker`, when the model is loaded.
+    Without `keys` everyone is answered, without `traces` nothing is traced. Without a `speaker` (engine, chat, base,
+    swapper) it answers all but chats; give it one later as `app.state.wiring.speaker`, when the model is loaded.
     """
     wiring = Wiring(
         config=config,
@@ -55,9 +60,13 @@ def create_app(
         metrics=Metrics(store.policy),
         base_name=base_name(config.model),
         keys=keys,
+        traces=traces,
         speaker=speaker,
     )
-    wiring.metrics.watch(lambda: _now(wiring))
+    look = partial(_now, wiring)
+    wiring.metrics.watch(look)
+    if config.vllm_metrics:
+        wiring.metrics.registry.register(VllmMetrics(wiring.metrics, look))
     app = FastAPI(title="Heed", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.wiring = wiring
     app.add_route(feedback.GIVE, feedback.give, methods=["POST"])
@@ -123,6 +132,9 @@ def _now(wiring: Wiring) -> Now:
         prefix_tokens=stats.prefix_tokens,
         kv_usage=stats.kv_used / stats.kv_capacity,
         loaded={version: role_of(version, release) for version in engine.loaded()},
+        rows=stats.rows,
+        slots=stats.slots,
+        free_slots=stats.free_slots,
         outbox=outbox,
     )
 

@@ -24,6 +24,9 @@ class EngineStats:
     kv_used: int
     """Positions that hold keys and values, of `kv_capacity`."""
     kv_capacity: int
+    slots: int
+    """Adapters that can be loaded beside the base."""
+    free_slots: int
     steps: int
     prompt_tokens: int
     """Prompt tokens read; a prompt that several replies share is read once."""

@@ -86,6 +86,30 @@ class ServingConfig(Settings):
     ask_share: float = Field(
         0.01, ge=0, le=1, description="share of replies, drawn at random, that ask for feedback: the unbiased slice"
     )
+    log_format: Literal["auto", "json", "pretty"] = Field(
+        "auto",
+        description="how server and learner write the lines of their log: json for programs, pretty for people; auto: pretty "
+        "in a terminal and under `heed up`, else json",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info",
+        description="the least that a line of the log is about; messages, replies and keys are in none from info up",
+    )
+    traces: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]+(/\S*)?$",
+        description="where the server's traces go, by OTLP over HTTP: `http://collector:4318`, or with another path than "
+        "/v1/traces (`pip install 'heed[otel]'`; sampling, headers and names: OTEL_*); none: nothing is traced",
+    )
+    trace_content: bool = Field(
+        False,
+        description="whether traces hold messages and replies, but of chats with `store: false`: people's own words",
+    )
+
+    vllm_metrics: bool = Field(
+        False,
+        description="whether /metrics shows what Heed counts under vLLM's names too, for dashboards that ask for those",
+    )
 
     @property
     def adapter_root(self) -> Path:

@@ -292,6 +292,8 @@ class Engine:
             rows=self.rows,
             kv_used=sum(reply.used for reply in self._batch.replies.copy()),
             kv_capacity=self.rows * self.max_len,
+            slots=self._versions.slots,
+            free_slots=self._versions.free,
             steps=self._steps.taken,
             prompt_tokens=self._steps.prompt_tokens,
             prefix_tokens=self._batch.found,

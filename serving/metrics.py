@@ -11,10 +11,41 @@ from prometheus_client.registry import Collector
 
 from feedback.events import KINDS, Release
 
-REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+REQUEST_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+"""From what a small model takes to its first token, to what a chat may take where no setting says more."""
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
-SWAP_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30)
+SWAP_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120, 300)
 """From below a millisecond, because a flip takes that long, to a drain that waits for a long reply."""
+
+CHAT = "/v1/chat/completions"
+OTHER = "other"
+"""Stands for every path that is no route, and for a status that its route is not known to answer."""
+_BODY = (400, 408, 413)
+_ADMIN = (200, *_BODY, 401, 409, 422, 503)
+ANSWERS: Mapping[str, tuple[int, ...]] = {
+    CHAT: (200, *_BODY, 401, 404, 429, 503),
+    "/v1/models": (200, 401, 503),
+    "/v1/models/{model:path}": (200, 401, 404, 503),
+    "/v1/feedback": (202, *_BODY, 401, 404, 409, 422, 429, 503),
+    "/v1/feedback/{feedback_id}": (200, 401, 404, 503),
+    "/v1/policy": (200, 401),
+    "/v1/replies/{reply_id}": (200, 401, 404),
+    "/health": (200,),
+    "/ready": (200, 503),
+    "/version": (200,),
+    "/metrics": (200,),
+    "/prompts.json": (200,),
+    "/": (200, 206, 400, 404, 416),
+    "/static": (200, 206, 304, 400, 404, 416),
+    "/admin/promote": (*_ADMIN, 404),
+    "/admin/rollback": _ADMIN,
+    "/admin/pause": _ADMIN,
+    "/admin/resume": _ADMIN,
+    "/admin/update": (202, *_BODY, 401, 422),
+    OTHER: (404,),
+}
+"""Route → the statuses that it can answer, beside those of every route."""
+ALWAYS = (405, 500)
 
 ROLES = ("current", "candidate", "previous", "older", "base")
 FEEDBACK_OUTCOMES = (
@@ -23,6 +54,7 @@ FEEDBACK_OUTCOMES = (
 EXCHANGE_OUTCOMES = ("kept", "not_stored", "dropped")
 SWAP_OUTCOMES = ("activated", "failed")
 SWAP_PHASES = ("load", "stage", "warm", "flip", "drain")
+REASONS = ("stop", "length", "abort", "error")
 VALUES = {"thumb": ("up", "down"), "rating": ("1", "2", "3", "4", "5")}
 
 
@@ -55,6 +87,7 @@ class Metrics:
         )
         self.queue = self._histogram("heed_queue_seconds", "From a chat's arrival to its admission.", REQUEST_BUCKETS)
         self.tokens = self._counter("heed_tokens", "Tokens read (prompt) and said (reply).", ["kind"])
+        self.replies = self._counter("heed_replies", "Replies, by why they ended.", ["reason"])
         self.exchanges = self._counter("heed_exchanges", "Replies, by what became of their exchange.", ["outcome"])
         self.version_requests = self._counter(
             "heed_version_requests", "Chats, by the role of the version that spoke.", ["policy", "role"]
@@ -65,15 +98,19 @@ class Metrics:
         self.feedback_value = self._counter(
             "heed_feedback_value", "What people think of a version's replies.", ["policy", "kind", "value", "role"]
         )
-        self._answered: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._answered = {
+            (route, status): (self.requests.labels(route, status), self.request_seconds.labels(route))
+            for route, statuses in ANSWERS.items()
+            for status in (*statuses, *ALWAYS)
+        }
+        self._unforeseen = self.requests.labels(OTHER, OTHER)
         self._prepare()
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """Count a request; its two time series are looked up once."""
+        """Count a request; its two time series were looked up before. What is not among ANSWERS makes none of its own."""
         found = self._answered.get((route, status))
         if found is None:
-            found = self.requests.labels(route, str(status)), self.request_seconds.labels(route)
-            self._answered[route, status] = found
+            found = self._unforeseen, self.request_seconds.labels(route if route in ANSWERS else OTHER)
         found[0].inc()
         found[1].observe(seconds)
 
@@ -84,6 +121,8 @@ class Metrics:
     def _prepare(self) -> None:
         for kind in ("prompt", "reply"):
             self.tokens.labels(kind)
+        for reason in REASONS:
+            self.replies.labels(reason)
         for outcome in EXCHANGE_OUTCOMES:
             self.exchanges.labels(outcome)
         for role in ROLES:
@@ -121,6 +160,11 @@ class Now:
     """Share of the key/value rows' room that is in use, 0 to 1."""
     loaded: Mapping[int, str]
     """Version → its role."""
+    rows: int = 0
+    """Replies that can be generated at once."""
+    slots: int = 0
+    """Adapters that can be loaded beside the base."""
+    free_slots: int = 0
     outbox: int = 0
     """Events that wait for a log that is away."""
 
@@ -140,6 +184,11 @@ class _Watch(Collector):
         yield GaugeMetricFamily("heed_ready", "1 while chats can be answered.", value=float(now.ready))
         yield GaugeMetricFamily("heed_running_requests", "Replies being generated.", value=now.running)
         yield GaugeMetricFamily("heed_waiting_requests", "Replies waiting for a row.", value=now.waiting)
+        yield GaugeMetricFamily("heed_rows_limit", "Rows that there are: replies generated at once.", value=now.rows)
+        slots = GaugeMetricFamily("heed_slots", "Places for adapters, by whether one is in it.", labels=["state"])
+        slots.add_metric(["used"], now.slots - now.free_slots)
+        slots.add_metric(["free"], now.free_slots)
+        yield slots
         yield GaugeMetricFamily("heed_kv_usage_ratio", "Share of the key/value room in use.", value=now.kv_usage)
         yield GaugeMetricFamily("heed_outbox_events", "Events that wait for a log that is away.", value=now.outbox)
         prefix = CounterMetricFamily(

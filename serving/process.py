@@ -2,8 +2,8 @@
 
 HTTP runs in the main thread's event loop, the engine's steps in a thread of their own, the model is loaded in another,
 so that /health and /ready answer from the first second. On SIGTERM or SIGINT: /ready says 503 at once; chats are still
-answered for `drain_delay_s`, until a proxy has noticed; then nobody is let in any more, streams are finished, each
-within its own deadline, the log is brought to disk, and the exit code is 0.
+answered for `drain_delay_s`, until a proxy has noticed; then nobody is let in any more, who is in and has not asked yet
+gets a moment to do so, streams are finished, each within its own deadline, the log is brought to disk, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import uvicorn
@@ -33,7 +35,7 @@ from feedback.log import LogUnavailable, open_log
 from serving.adapters import AdapterStore, describe_base
 from serving.app import base_name, create_app, follow_hints, on_swap
 from serving.chat import Chat
-from serving.claims import LEAVING, CannotStart, hold, listen, prepare_folder
+from serving.claims import LEAVING, CannotStart, hold, listen, prepare_folder, turn_away
 from serving.config import ServingConfig
 from serving.cores import cores
 from serving.engine import Engine, ModelError, load_model
@@ -47,10 +49,17 @@ from serving.products import computes_bfloat16
 from serving.routes.wiring import Speaker, Wiring
 from serving.swap import Swapper
 
+if TYPE_CHECKING:
+    from serving.traces import Traces
+
 LONGEST_UNASKED = 4096
 """Tokens of prompt and reply where no setting says more: memory is set aside for each row."""
 SETTLE_S = 10.0
 """After the last connection is gone, how long exchanges may take to reach the log."""
+_LINGER_S = 1.0
+"""From the closing of the door to that of idle connections, at most: a request may be on its way."""
+_ENTER_S = 0.05
+"""In which who has begun to connect is in."""
 _KEEP_ALIVE_S = 75
 """Longer than common clients keep an idle connection, so that they close it, and never send into a closed one."""
 
@@ -62,11 +71,13 @@ def serve(config: ServingConfig) -> int:
     # they double what is scraped, and tell nothing that the totals do not
     disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
-        keys = _keys(config)
+        keys, traces = _keys(config), _traces(config)
         with contextlib.ExitStack() as held:
             prepare_folder(config.feedback.data)
             lock = held.enter_context(hold(config.feedback.data / "server.lock"))
-            app = held.enter_context(_application(config, keys))
+            if traces is not None:
+                held.callback(traces.close)
+            app = held.enter_context(_application(config, keys, traces))
             sockets = listen(config.host, config.port, private=not (keys or config.insecure))
             address = _address(config.host, sockets[0])
             os.write(lock, f"{os.getpid()} {address}\n".encode())
@@ -129,6 +140,22 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are handled in `run`; uvicorn's own handlers would close the socket at once."""
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door so that nobody who got in, or had a foot in it, is cut off unheard; then uvicorn's own way.
+
+        uvicorn alone would reset connections that it has not accepted yet, and close those whose request is on its way.
+        """
+        if self._settings.drain_delay_s:
+            for listening in sockets or []:
+                turn_away(listening)
+            await asyncio.sleep(_ENTER_S)
+        for server in self.servers:
+            server.close()
+        give_up = time.monotonic() + min(_LINGER_S, self._settings.drain_delay_s)
+        while self.server_state.connections and time.monotonic() < give_up:
+            await asyncio.sleep(_ENTER_S)
+        await super().shutdown(sockets)
 
     def _told_to_stop(self, number: signal.Signals) -> None:
         """The first signal begins the drain, further SIGINTs hurry it: no more delay, then no more patience."""
@@ -248,8 +275,20 @@ def _keys(config: ServingConfig) -> Keys | None:
         raise CannotStart(Exit.SETTING, str(error)) from error
 
 
+def _traces(config: ServingConfig) -> Traces | None:
+    """Where traces go; None where nobody wants any: then nothing of OpenTelemetry's SDK is imported. Raises CannotStart."""
+    if config.traces is None:
+        return None
+    try:
+        from serving.traces import Traces, exporting
+    except ImportError:
+        missing = f"HEED_TRACES={config.traces}: needs OpenTelemetry: pip install 'heed[otel]'"
+        raise CannotStart(Exit.SETTING, missing) from None
+    return Traces(config, exporting(config.traces))
+
+
 @contextlib.contextmanager
-def _application(config: ServingConfig, keys: Keys | None) -> Iterator[FastAPI]:
+def _application(config: ServingConfig, keys: Keys | None, traces: Traces | None) -> Iterator[FastAPI]:
     """The application over the parts that last as long as the process. Raises CannotStart."""
     feedback = config.feedback
     try:
@@ -259,7 +298,8 @@ def _application(config: ServingConfig, keys: Keys | None) -> Iterator[FastAPI]:
         raise CannotStart(Exit.DATA, f"{error} (HEED_DATA={feedback.data})") from error
     with contextlib.closing(log):
         store = AdapterStore(config.adapter_root, feedback.policy)
-        yield create_app(config, ids=ids, log=log, board=open_board(feedback, "server"), store=store, keys=keys)
+        board = open_board(feedback, "server")
+        yield create_app(config, ids=ids, log=log, board=board, store=store, keys=keys, traces=traces)
 
 
 def _address(host: str, listening: socket.socket) -> str:

@@ -27,13 +27,18 @@ class Versions:
     """Slots by version. Version 0, the base, is always there, in no slot. A slot in use is never freed."""
 
     def __init__(self, slots: int) -> None:
-        self.current = 0
+        self.current, self.slots = 0, slots
         self._slot_of: dict[int, int] = {0: BASE}
         self._uid_of: dict[int, int] = {0: 0}
         self._references: dict[int, int] = {0: 0}
         self._retiring: set[int] = set()
         self._free = list(range(slots))[::-1]
         self._uids = itertools.count(1)
+
+    @property
+    def free(self) -> int:
+        """How many slots nothing is in, and nothing is being staged into."""
+        return len(self._free)
 
     def loaded(self) -> dict[int, int]:
         """Version to how many replies run on it (or wait for it by name)."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kafka import KafkaAdminClient
 
-IMAGE = "apache/kafka:4.1.0"
+IMAGE = "apache/kafka:4.3.1"
 CLUSTER = "MkU3OEVBNTcwNTJENDM2Qg"
 START_S = 90.0
 

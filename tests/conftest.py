@@ -83,8 +83,9 @@ def serve_with(tmp_path: Path, model_folder: Path) -> Iterator[Callable[..., Ser
 
     with ExitStack() as running:
 
-        def start(*, data: Path = tmp_path / "data", log: Any = lambda log: log, speaks: bool = True, **settings: Any):
-            return running.enter_context(served(config_for(data, model_folder, **settings), log=log, speaks=speaks))
+        def start(*, data: Path = tmp_path / "data", speaks: bool = True, **more: Any):
+            parts = {name: more.pop(name) for name in ("log", "traces") if name in more}
+            return running.enter_context(served(config_for(data, model_folder, **more), speaks=speaks, **parts))
 
         yield start
 

@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Imports everything once, then forks a child for each line it reads: a process of its own, without the seconds of
 # importing. The children run what `heed serve` and `heed learn` run. Only the training itself is short, and its gate
-# open, so that between two kills there is time for several versions. How each child ended goes into a file.
+# open, so that between two kills there is time for several versions; or, on demand, only the gate is open, whatever its checks
+# say. How each child ended goes into a file.
 NURSERY = """
-import json, logging, os, signal, sys, time
+import dataclasses, json, logging, os, signal, sys, time
 import torch
 from feedback.config import load
 from learner import loop, process as learning, trainer
@@ -39,7 +40,7 @@ from learner.gate import GateReport
 from serving import process as serving
 
 torch.set_num_threads(1)
-config = load(LearnerConfig, environ={}, toml=None, flags=json.loads(sys.argv[1]))
+settings = json.loads(sys.argv[1])
 ends = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
 
 class Quick(trainer.Trainer):
@@ -55,6 +56,11 @@ class Quick(trainer.Trainer):
                 up_Or.normal_(0, 0.02)
         return trainer.Candidate(policy.weights(), {}, GateReport(True, []))
 
+class Open(trainer.Trainer):
+    def learn(self, *what, **how):
+        candidate = super().learn(*what, **how)
+        return dataclasses.replace(candidate, gate=GateReport(True, candidate.gate.checks))
+
 def note_ends(*_):
     try:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -62,16 +68,19 @@ def note_ends(*_):
     except ChildProcessError:
         pass
 
-trainer.Trainer = Quick
+trainer.Trainer = Open if sys.argv[3:] == ["trains"] else Quick
 signal.signal(signal.SIGCHLD, note_ends)
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s")
-for name in sys.stdin:
+for line in sys.stdin:
+    name, data = json.loads(line)
+    flags = settings[name] | ({"data": data} if data else {})
+    config = load(LearnerConfig, environ={}, toml=None, flags=flags)
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         code = 1
         try:
-            code = serving.serve(config.serving) if name.strip() == "server" else learning.learn(config)
+            code = learning.learn(config) if name == "learner" else serving.serve(config.serving)
         finally:
             logging.shutdown()
             os._exit(code)
@@ -82,15 +91,20 @@ for name in sys.stdin:
 class House:
     """Server and learner, each while it is started and not ended."""
 
-    def __init__(self, ends: Path, **settings: Any) -> None:
-        """`ends`: a file, made here, of how processes ended."""
+    def __init__(
+        self, ends: Path, second: dict[str, Any] | None = None, *, trains: bool = False, **settings: Any
+    ) -> None:
+        """`ends`: a file, made here, of how processes ended. `second`: where a second server's settings differ. `trains`: whether
+        the learner trains in earnest."""
         self.url = f"http://127.0.0.1:{settings['port']}"
+        """Where people find the server."""
         self.life = 0
-        """Grows whenever the server is ended or started."""
+        """Grows whenever a server is ended or started."""
+        own = {"server": settings, "learner": settings} | ({"second": settings | second} if second else {})
         self._ends = ends
         ends.touch()
         self.nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, json.dumps(settings), str(ends)],
+            [sys.executable, "-c", NURSERY, json.dumps(own), str(ends), *(["trains"] if trains else [])],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -99,12 +113,13 @@ class House:
         )
         self.pids: dict[str, int] = {}
 
-    def start(self, *names: str) -> None:
+    def start(self, *names: str, data: Path | None = None) -> None:
+        """`data`: another data folder than that of the settings."""
         assert self.nursery.stdin is not None
         assert self.nursery.stdout is not None
         for name in names:
-            self.life += name == "server"
-            self.nursery.stdin.write(f"{name}\n")
+            self.life += name != "learner"
+            self.nursery.stdin.write(json.dumps([name, str(data) if data else None]) + "\n")
             self.nursery.stdin.flush()
             self.pids[name] = int(self.nursery.stdout.readline())
 
@@ -112,7 +127,7 @@ class House:
         """Send a signal, and wait; returns the exit codes (minus the signal, where that ended it)."""
         assert self.ended() == {}
         pids = {name: self.pids.pop(name) for name in names}
-        self.life += "server" in names
+        self.life += names != ("learner",)
         for pid in pids.values():
             os.kill(pid, number)
         until(lambda: set(pids.values()) <= self._codes().keys(), f"{names} ended")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import torch
@@ -30,6 +30,9 @@ from serving.keys import Keys
 from serving.lora import AdapterWeights
 from serving.process import load_speaker
 from serving.routes.wiring import Wiring
+
+if TYPE_CHECKING:
+    from serving.traces import Traces
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -189,7 +192,9 @@ class _Uvicorn(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool = True) -> Iterator[Served]:
+def served(
+    config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool = True, traces: Traces | None = None
+) -> Iterator[Served]:
     """Serve on a free port until the block ends. `log` may put a log of its own around the real one."""
     feedback = config.feedback
     feedback.data.mkdir(parents=True, exist_ok=True)
@@ -197,7 +202,8 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     board = open_board(feedback, "server")
     store = AdapterStore(config.adapter_root, feedback.policy)
     keys = Keys(config.api_keys_file) if config.api_keys_file else None
-    app = create_app(config, ids=Ids(load_secret(feedback)), log=log(real), board=board, store=store, keys=keys)
+    ids = Ids(load_secret(feedback))
+    app = create_app(config, ids=ids, log=log(real), board=board, store=store, keys=keys, traces=traces)
     wiring: Wiring = app.state.wiring
     loop = wiring.loop = asyncio.new_event_loop()
     if speaks:
@@ -210,7 +216,10 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60) as http:
-            yield Served(url, http, wiring, loop)
+            seen = Served(url, http, wiring, loop)
+            yield seen
+            # what a route can answer stands in serving.metrics.ANSWERS: any test may show that it lacks something
+            assert seen.metric("heed_requests_total", route="other", status="other") == 0
     finally:
         server.should_exit = True
         thread.join()

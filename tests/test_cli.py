@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,8 @@ from serving.adapters import AdapterStore, BadAdapter, Base
 from serving.exits import Exit
 from serving.lora import AdapterWeights
 from tests.commands import Done, Heed
-from tests.valkey import Valkey
 
-COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "feedback", "bench", "pretrain", "check")
+COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "feedback", "bench", "pretrain", "check", "backup")
 ADAPTERS = ("list", "show", "promote", "rollback", "verify", "import")
 FEEDBACK = ("import", "export", "why")
 
@@ -320,84 +318,6 @@ def test_an_adapter_from_elsewhere_becomes_the_next_version_and_is_served_to_nob
     wrong = heed("adapters", "import", tmp_path / "nothing-here", HEED_MODEL=str(tiny))
     assert wrong.code == 1
     assert "nothing-here" in wrong.err
-
-
-# check
-
-
-Checked = Callable[..., tuple[int, dict[str, tuple[str, str]]]]
-
-
-@pytest.fixture
-def checked(heed: Heed, tiny: Path) -> Checked:
-    """Runs `heed check`; the exit code, and verdict and words by name."""
-
-    def run(**variables: str) -> tuple[int, dict[str, tuple[str, str]]]:
-        nobody = {"HEED_PORT": "9", "HEED_LEARNER_METRICS_PORT": "9"}
-        done = heed("check", "--json", **{"HEED_MODEL": str(tiny), **nobody, **variables})
-        return done.code, {found["name"]: (found["verdict"], found["says"]) for found in json.loads(done.out)}
-
-    return run
-
-
-def test_check_is_content_with_a_fresh_folder_and_says_that_nothing_runs(checked: Checked, tmp_path: Path):
-    code, found = checked()
-    assert code == 0
-    assert {name for name, (verdict, _) in found.items() if verdict == "warn"} - {"disk"} == {"server", "learner"}
-    assert {"data", "disk", "log", "clock", "model", "device", "adapters"} <= set(found)
-    assert not (tmp_path / "heed-data").exists()  # looking leaves nothing behind
-
-
-def test_check_prints_for_people_what_to_do(heed: Heed, tiny: Path):
-    shown = heed("check", HEED_MODEL=str(tiny), HEED_PORT="9", HEED_LEARNER_METRICS_PORT="9").out
-    assert "nothing answers at http://127.0.0.1:9" in shown
-    assert "→ Start it: heed up (or heed serve)." in shown
-
-
-def broken_model(tmp_path: Path) -> dict[str, str]:
-    return {"HEED_MODEL": str(tmp_path / "nowhere")}
-
-
-def data_is_a_file(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "file").write_text("")
-    return {"HEED_DATA": str(tmp_path / "file")}
-
-
-def damaged_log(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "heed-data" / "log").mkdir(parents=True)
-    (tmp_path / "heed-data" / "log" / "heed.feedback.db").write_bytes(b"no database" * 1000)
-    return {}
-
-
-@pytest.mark.parametrize(
-    ("breaking", "name"), [(broken_model, "model"), (data_is_a_file, "data"), (damaged_log, "log")]
-)
-def test_check_fails_on_what_is_broken(
-    breaking: Callable[[Path], dict[str, str]], name: str, checked: Checked, tmp_path: Path
-):
-    code, found = checked(**breaking(tmp_path))
-    assert code == 1
-    assert found[name][0] == "fail"
-
-
-def test_check_asks_redis_where_one_is_set(checked: Checked, valkey: Valkey):
-    assert "redis" not in checked()[1]
-    assert checked(HEED_REDIS_URL=valkey.url)[1]["redis"] == ("ok", "answers, and keeps what it is given")
-    valkey.fill()
-    code, found = checked(HEED_REDIS_URL=valkey.url)
-    assert (code, found["redis"][0]) == (1, "fail")
-    assert "maxmemory" in found["redis"][1]
-    valkey.pause()
-    assert checked(HEED_REDIS_URL=valkey.url)[1]["redis"] == ("fail", "it does not answer within 1 s")
-
-
-def test_check_names_a_torn_version(base: Base, store: AdapterStore, checked: Checked):
-    store.publish(weights(base), parent=0, base=base)
-    (store.folder / "v000001" / "adapter_model.safetensors").write_bytes(b"torn")
-    code, found = checked()
-    assert code == 1
-    assert found["adapters"][0] == "fail"
-    assert "v1" in found["adapters"][1]
 
 
 def test_the_store_of_the_settings_is_where_they_say(tmp_path: Path):

@@ -1,10 +1,11 @@
-"""What the documents say is so: commands, routes, settings, files and versions exist as they are written.
+"""What README and docs/ tell people to do can be done: commands parse, requests are answered, files and versions exist.
 
-`python tests/test_docs.py` writes the README's table of settings again.
+`python tests/test_docs.py` writes the tables of settings, metrics and commands again (docs/settings.md, metrics.md, cli.md).
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 import shlex
@@ -14,84 +15,69 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import typer.main
 
-from deploy.cli import app
-from feedback.config import reference
 from feedback.events import KINDS, SIGNALS
-from learner.config import LearnerConfig
 from serving.keys import Keys
-from serving.routes import admin, chat, feedback, operations, policy
+from tests import reference
+from tests.documents import EVERYTHING, PAGES, README, ROOT, blocks, in_blocks, in_sentences
+from tests.served import Served
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
-MARKS = re.compile(r"(<!-- settings: [^\n]* -->\n).*(<!-- /settings -->)", re.DOTALL)
+CHAT = PAGES["docs/chat.md"]
 APACHE_2 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """sha256 of https://www.apache.org/licenses/LICENSE-2.0.txt"""
 
 
-def blocks(language: str = "") -> list[str]:
-    """Fenced blocks of the README in this language; without one, those that name none."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return [text for named, text in fenced if named == language]
+@pytest.mark.parametrize("page", PAGES)
+def test_heed_commands_parse(page: str):
+    for words in in_blocks(PAGES[page], "heed"):
+        command, rest = reference.verb(words)
+        command.make_context("heed", rest)  # raises for an unknown flag, a wrong value, and what is missing
+    for words in in_sentences(PAGES[page], "heed"):
+        command, rest = reference.verb(words)
+        assert {word for word in rest if word.startswith("-")} <= reference.flags(command) | {"--help"}, words
 
 
-def commands(name: str) -> list[list[str]]:
-    """Every call of a command in the README, in blocks and in sentences, as words after its name."""
-    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE))
-    split = [
-        shlex.split(line, comments=True) for line in [*lines, *inline] if "'" not in line or line.count("'") % 2 == 0
-    ]
-    return [words[1:] for words in split if words and Path(words[0]).name == name]
+def test_the_readme_shows_how_to_begin():
+    assert {"simulate", "adapters", "check"} <= {words[0] for words in in_blocks(README, "heed")}
+    assert {"up", "test"} <= {words[0] for words in in_blocks(README, "make")}
 
 
-def settings_table() -> str:
-    rows = ["| setting | default | may be | what it is |", "|---|---|---|---|"]
-    for doc in reference(LearnerConfig):
-        cells = (f"`{doc.name}`", doc.default, doc.allowed, doc.description)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows) + "\n"
+def test_links_of_the_readme_lead_somewhere():
+    """Those of docs/ are looked at when the site is built (test_site.py)."""
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", README):
+        page = (ROOT / path).read_text("utf-8")
+        heads = [re.sub(r"[^\w\s-]", "", head).strip() for head in re.findall(r"^#+ (.+)$", page, re.MULTILINE)]
+        assert not anchor or anchor in [re.sub(r"\s+", "-", head.lower()) for head in heads], (path, anchor)
 
 
-def test_the_table_of_settings_is_complete_and_true():
-    found = MARKS.search(README)
-    assert found, "the README has lost the marks around its table of settings"
-    table = found[0].partition("\n")[2].removesuffix(found[2])
-    assert table == settings_table(), "write it again: python tests/test_docs.py"
-
-
-def test_heed_commands_of_the_readme_exist_with_their_flags():
-    called = commands("heed")
-    assert len(called) >= 5
-    for words in called:
-        command = typer.main.get_command(app)
-        while words and hasattr(command, "commands") and words[0] in command.commands:
-            command, words = command.commands[words[0]], words[1:]
-        assert not (hasattr(command, "commands") and words and not words[0].startswith("-")), f"no command {words}"
-        known = {option for parameter in command.params for option in parameter.opts}
-        assert {word for word in words if word.startswith("-")} <= known, words
-
-
-def test_make_targets_of_the_readme_exist():
+def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    called = {words[0] for words in commands("make")}
-    assert {"up", "test"} <= called <= targets
-    assert {"up", "test", "lint", "bench", "soak"} <= targets
+    called = {words[0] for words in [*in_blocks(EVERYTHING, "make"), *in_sentences(EVERYTHING, "make")]}
+    assert called <= targets
+    assert {"up", "test", "lint", "docs", "bench", "soak"} <= targets
 
 
-def test_routes_of_the_readme_exist():
-    routers = (chat.router, feedback.router, policy.router, operations.router, admin.router)
-    routes = {route.path for router in routers for route in router.routes} | {feedback.GIVE}
-    named = set(re.findall(r"127\.0\.0\.1:8000(/[\w./…-]*)", README)) - {"/v1"}
-    assert len(named) >= 4
-    for path in named:
-        pattern = path.replace("fb-…", "{feedback_id}")
-        assert pattern in routes, path
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if in_blocks(text, "curl")])
+def test_requests_in_curl_s_words_are_answered(page: str, server: Served):
+    words = argparse.ArgumentParser()
+    words.add_argument("-s", action="store_true")
+    for flag, name in (("-X", "method"), ("-H", "header"), ("-d", "body")):
+        words.add_argument(flag, dest=name)
+    words.add_argument("url")
+    reply = server.chat().json()["id"]
+    thumb = {"kind": "thumb", "reply_id": reply, "value": "up"}
+    receipt = server.http.post("/v1/feedback", json=thumb).json()["id"]
+    for call in in_blocks(PAGES[page], "curl"):
+        asked = words.parse_args([word.replace("chatcmpl-…", reply).replace("fb-…", receipt) for word in call])
+        path = asked.url.removeprefix("http://127.0.0.1:8000")
+        headers = dict([asked.header.split(": ")] if asked.header else [])
+        method = asked.method or ("POST" if asked.body else "GET")
+        answer = server.http.request(method, path, content=asked.body, headers=headers)
+        assert answer.is_success, (shlex.join(call), answer.text)
 
 
 def test_the_command_that_makes_a_key_makes_one_that_is_known(tmp_path: Path):
-    [block] = [text for text in blocks("sh") if "openssl" in text]
+    [block] = [text for text in blocks(CHAT, "sh") if "openssl" in text]
     making, _, starting = block.partition("\n\n")
     made = subprocess.run(["bash", "-ec", making], cwd=tmp_path, capture_output=True, text=True, check=True)
     key = made.stdout.strip().removeprefix("the key: ")
@@ -102,12 +88,13 @@ def test_the_command_that_makes_a_key_makes_one_that_is_known(tmp_path: Path):
 
 
 def test_every_kind_of_feedback_is_explained():
-    assert re.findall(r"^\| `(\w+)` \|", README.partition("## Settings")[0], re.MULTILINE) == list(KINDS)
-    assert all(f"`{signal}`" in README for signal in SIGNALS)
+    table = CHAT.partition("| kind | body")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(KINDS)
+    assert all(f"`{signal}`" in table for signal in SIGNALS)
 
 
 def test_the_tree_of_rooms_names_files_that_exist():
-    [tree] = [block for block in blocks() if block.startswith("feedback/")]
+    [tree] = [block for block in blocks(README) if block.startswith("feedback/")]
     room = ""
     for line in tree.splitlines():
         names = [name for name in re.split(r",? +", line.strip().split("   ")[0]) if name]
@@ -141,7 +128,7 @@ def test_continuous_integration_runs_the_tests_as_the_readme_does():
     assert re.search(r"\bmake test$", script.read_text("utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("target", ["up", "test", "lint"])
+@pytest.mark.parametrize("target", ["up", "test", "lint", "docs"])
 def test_make_knows_what_it_would_do(target: str):
     done = subprocess.run(
         ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=False
@@ -149,10 +136,5 @@ def test_make_knows_what_it_would_do(target: str):
     assert done.returncode == 0, done.stderr
 
 
-def write() -> None:
-    table = settings_table()
-    (ROOT / "README.md").write_text(MARKS.sub(lambda found: found[1] + table + found[2], README), "utf-8")
-
-
 if __name__ == "__main__":
-    sys.exit(write())
+    sys.exit(reference.write())

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ START_S = 90
 class Up:
     """One `heed up`, and what it printed so far."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, heed: Sequence[str | Path]) -> None:
         probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
         self.port, self.metrics = (probe.getsockname()[1] for probe in probes)
         for probe in probes:
@@ -36,7 +36,7 @@ class Up:
         ports = {"HEED_PORT": str(self.port), "HEED_LEARNER_METRICS_PORT": str(self.metrics)}
         with self.printed.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.cli", "up", "--data", str(folder / "data")],
+                [*heed, "up", "--data", folder / "data"],
                 cwd=folder,
                 env={**environ, **ports},
                 stdin=subprocess.DEVNULL,
@@ -70,8 +70,9 @@ class Up:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Up]:
-    up = Up(folder)
+def running(folder: Path, heed: Sequence[str | Path] = (sys.executable, "-m", "deploy.cli")) -> Iterator[Up]:
+    """`heed`: the command, as words."""
+    up = Up(folder, heed)
     try:
         up.until(up.is_whole)
         yield up

@@ -21,6 +21,8 @@ class Asked:
 
     id: str
     """The completion's id, which the first reply bears too."""
+    model: str
+    """As the client named it."""
     caller: str
     user: str | None
     metadata: dict[str, str]
@@ -33,6 +35,7 @@ class Asked:
     """False for `store: false`: served, never kept."""
     ask: bool
     """True when its replies were drawn for the unbiased slice of which feedback is asked."""
+    stream: bool
     tokens: bool
     """True when tokens are wanted one by one, not only whole replies."""
     created: float = field(default_factory=time.time)
@@ -85,6 +88,7 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
         )
     return Asked(
         id=wiring.ids.new_reply(client.key, kept=body.kept, choices=body.n or 1),
+        model=body.model,
         caller=caller,
         user=body.user,
         metadata=metadata,
@@ -95,6 +99,7 @@ async def ask(wiring: Wiring, speaker: Speaker, body: ChatIn, client: Client) ->
         choices=body.n or 1,
         kept=body.kept,
         ask=body.kept and wiring.dice.random() < wiring.config.ask_share,
+        stream=bool(body.stream),
         tokens=bool(body.stream or body.logprobs),
     )
 

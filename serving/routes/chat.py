@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from pydantic import TypeAdapter
 from starlette.responses import JSONResponse, Response
+from structlog.contextvars import bind_contextvars
 
 from serving.adapters import BadAdapter
 from serving.errors import BadRequest, UnknownModel
@@ -36,6 +37,7 @@ async def complete(request: Request, body: ChatBody, client: Asking, parts: Part
         completion.start(await _version_named(body.model, parts, speaker))
     parts.go_on(_cancel_when_gone(request, completion))
     await completion.begun()
+    bind_contextvars(version=completion.model)
     headers = {"x-heed-version": completion.model}
     if not body.stream:
         return JSONResponse(await whole(completion, speaker.chat, logprobs=bool(body.logprobs)), headers=headers)

@@ -10,8 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
+
+from structlog.contextvars import bind_contextvars
 
 from feedback.events import EXCHANGES, Exchange, ExchangeContent, FinishReason
 from feedback.log import LogUnavailable
@@ -20,6 +24,9 @@ from serving.errors import ContextTooLong, HeedError, ServerFailed, TooManyReque
 from serving.metrics import role_of
 from serving.routes.asked import Asked
 from serving.routes.wiring import Speaker, Wiring
+
+if TYPE_CHECKING:
+    from serving.traces import ChatTrace
 
 KEEP_WAIT_S = 30.0
 """After this long without an answer from the log, a reply is finished as not kept."""
@@ -62,6 +69,9 @@ class Completion:
         self._wiring = wiring
         self._speaker = speaker
         self._streams: list[Stream] = []
+        self._context = copy_context()
+        """What the log and traces know of the request; what the engine has said arrives without."""
+        self._trace: ChatTrace | None = None
         self._heard = [asked.arrived] * asked.choices
         """When each choice last said something (time.monotonic())."""
         self._failed: set[int] = set()
@@ -94,6 +104,8 @@ class Completion:
                 refused = UnknownModel(f"{error}.", param="model")
         else:
             raise refused
+        if self._wiring.traces is not None:
+            self._trace = self._context.run(self._wiring.traces.chat, self.asked)
         for choice, stream in enumerate(self._streams):
             stream.listen(partial(self._hear, choice, stream))
 
@@ -160,23 +172,28 @@ class Completion:
             try:
                 if isinstance(event, Finished):
                     self._count(stream, event)
-                    self._wiring.go_on(self._end(choice, event))
+                    self._wiring.go_on(self._end(choice, event), self._context.copy())
                 else:
                     self._time(choice)
                     self._pass_on(choice, event)
             except Exception as error:  # whoever waits must hear of it, once; the error itself rises
                 self._failed.add(choice)
                 self._speaker.engine.cancel(stream)
-                self._pass_on(choice, self._broken(error))
+                self._pass_on_end(choice, self._broken(error))
                 raise
 
     async def _end(self, choice: int, finished: Finished) -> None:
         """Pass on the end of a reply, once the log has answered."""
         try:
-            self._pass_on(choice, Ended(finished, await self._keep(choice, finished)))
+            self._pass_on_end(choice, Ended(finished, await self._keep(choice, finished)))
         except Exception as error:
-            self._pass_on(choice, self._broken(error))
+            self._pass_on_end(choice, self._broken(error))
             raise
+
+    def _pass_on_end(self, choice: int, event: Ended) -> None:
+        if self._trace is not None:
+            self._trace.ended(choice, event.finished, self._streams[choice])
+        self._pass_on(choice, event)
 
     def _pass_on(self, choice: int, event: Token | Ended) -> None:
         self._arrived.append((choice, event))
@@ -191,11 +208,14 @@ class Completion:
         now, last, metrics = time.monotonic(), self._heard[choice], self._wiring.metrics
         first = last == self.asked.arrived
         (metrics.time_to_first_token if first else metrics.inter_token).observe(now - last)
+        if first and self._trace is not None:
+            self._trace.began(now - last)
         self._heard[choice] = now
 
     def _count(self, stream: Stream, finished: Finished) -> None:
         metrics = self._wiring.metrics
         metrics.tokens.labels("reply").inc(len(finished.reply_ids))
+        metrics.replies.labels(finished.reason).inc()
         if stream.admitted_at is not None:
             metrics.queue.observe(stream.admitted_at - stream.submitted_at)
 
@@ -204,6 +224,7 @@ class Completion:
         outcome = "not_stored"
         if self.asked.kept and finished.reply_ids and finished.reason != "error":
             event = self._exchange(choice, finished, finished.reason)
+            bind_contextvars(version=f"{event.policy}@v{event.version}")
             outcome = "kept" if await self._append(event) else "dropped"
             if outcome == "kept":
                 try:
@@ -217,8 +238,7 @@ class Completion:
 
     async def _append(self, event: Exchange) -> bool:
         try:
-            future = self._wiring.log.submit(EXCHANGES, event.id, event.to_json())
-            await self._wiring.inbox.answer(future, KEEP_WAIT_S)
+            await self._wiring.append(EXCHANGES, event.id, event.to_json(), KEEP_WAIT_S)
         except (LogUnavailable, TimeoutError):
             return False
         return True

@@ -1,13 +1,18 @@
-"""What happens to every request on its way: a bounded body, a count, and a goodbye while the server drains."""
+"""What happens to every request on its way: an id, a bounded body, a count, a line, and a goodbye while the server drains."""
 
 from __future__ import annotations
 
 import logging
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from serving.errors import HeedError, TooLarge
 from serving.routes.feedback import GIVE
@@ -17,7 +22,33 @@ from serving.schemas import MAX_BODY_BYTES
 SHORT_BODY_BYTES = 1 << 16
 """What comes in a moment, and costs less to pass over than a new connection would."""
 
+QUIET = re.compile(r"/(health|ready|metrics|static/.*)?")
+"""Paths that machines ask for again and again, and the page: told of at level debug, and never traced."""
+_SANE_ID = re.compile(r"[!-~]{1,128}")
+
 _log = logging.getLogger(__name__)
+_access = logging.getLogger("serving.access")
+
+
+class Visit:
+    """One request, from its arrival to its last byte."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.headers = Headers(scope=scope)
+        self.status = 0
+        """Of its answer; 0 before there is one."""
+        given = self.headers.get("x-request-id", "")
+        self.id = given if _SANE_ID.fullmatch(given) else f"req_{uuid4().hex}"
+        """The client's own where it sent one that can stand in a line of a log."""
+        self.quiet = QUIET.fullmatch(scope["path"]) is not None
+
+    @property
+    def route(self) -> str:
+        """The template of its path: of a path itself there is no end, and it may name a user."""
+        # the one route that is not FastAPI's own is not named in the scope
+        plain = GIVE if self.scope["path"] == GIVE else ""
+        return plain or getattr(self.scope.get("route"), "path", "") or self.scope.get("root_path") or "other"
 
 
 class Door:
@@ -31,38 +62,51 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
-        bounded = _Bounded(scope, receive)
+        visit = Visit(scope)
+        bounded = _Bounded(visit.headers, receive)
 
         async def answer(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                visit.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = visit.id
                 # a stranger's long body is not even waited for
-                if self._parts.draining or (status == 401 and bounded.long):
-                    MutableHeaders(scope=message)["connection"] = "close"
+                if self._parts.draining or (visit.status == 401 and bounded.long):
+                    headers["connection"] = "close"
             await send(message)
 
-        try:
-            await self._app(scope, bounded, answer)
-        except Exception:  # a defect: nobody above would say so in our shape
-            if status:
-                raise  # an answer that was begun is cut off, so that nobody takes it for whole
-            _log.exception("%s %s failed", scope["method"], scope["path"])
-            failed = HeedError("The server failed on this request; its log says how. Trying again may help.")
-            await JSONResponse(failed.body(), failed.status)(scope, receive, answer)
-        finally:
-            # the one route that is not FastAPI's own is not named in the scope
-            plain = GIVE if scope["path"] == GIVE else ""
-            route = plain or getattr(scope.get("route"), "path", "") or scope.get("root_path") or "other"
-            self._parts.metrics.answered(route, status, time.monotonic() - began)
+        with self._told(visit):
+            try:
+                await self._app(scope, bounded, answer)
+            except Exception:  # a defect: nobody above would say so in our shape
+                if visit.status:
+                    raise  # an answer that was begun is cut off, so that nobody takes it for whole
+                _log.exception("%s %s failed", scope["method"], visit.route)
+                failed = HeedError("The server failed on this request; its log says how. Trying again may help.")
+                await JSONResponse(failed.body(), failed.status)(scope, receive, answer)
+
+    @contextmanager
+    def _told(self, visit: Visit) -> Iterator[None]:
+        """Name the request to the log and to traces while it lasts; then count it, and say how it went."""
+        began, traces = time.monotonic(), self._parts.traces
+        clear_contextvars()  # a request that came right behind another begins with what was bound in that one
+        bind_contextvars(request_id=visit.id)
+        with nullcontext() if traces is None or visit.quiet else traces.request(visit):
+            try:
+                yield
+            finally:
+                seconds = time.monotonic() - began
+                self._parts.metrics.answered(visit.route, visit.status, seconds)
+                level = logging.WARNING if visit.status >= 500 else logging.INFO
+                told = {"route": visit.route, "status": visit.status, "seconds": round(seconds, 4)}
+                method = {"method": visit.scope["method"]}
+                _access.log(logging.DEBUG if visit.quiet else level, "answered", extra=method | told)
 
 
 class _Bounded:
     """Reads a request's body up to the limit. Raises TooLarge beyond, or at once where the length is announced."""
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
-        headers = Headers(scope=scope)
+    def __init__(self, headers: Headers, receive: Receive) -> None:
         announced = headers.get("content-length", "")
         self._bytes = int(announced) if announced.isdecimal() else 0
         self._announced = bool(self._bytes)

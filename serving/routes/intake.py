@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import Depends
 
 from feedback.board import WORK_HINT, Receipt, Story
-from feedback.events import FEEDBACK, Feedback, FeedbackContent, Retraction
+from feedback.events import FEEDBACK, KINDS, Feedback, FeedbackContent, Retraction
 from feedback.log import EventTooLarge, LogUnavailable
 from serving.errors import Conflict, HeedError, NotStored, TooLarge, Unavailable, UnknownReply, Unprocessable
 from serving.metrics import role_of
@@ -43,14 +43,15 @@ class Intake:
     def __init__(self, parts: Wiring) -> None:
         self._parts = parts
 
-    async def accept(self, said: Said, client: Client, header_key: str | None) -> str:
+    async def accept(self, said: Said, client: Client, header_key: str | None, request_id: str | None = None) -> str:
         """Keep what was said, and return the receipt's id.
 
+        `request_id`: the same words under the same one count once, where the client gave no key: a proxy sent them again.
         Raises UnknownReply, NotStored, Conflict (the id was used with another body), Unavailable (nothing was kept),
         Unprocessable (header and body name different keys).
         """
         try:
-            repeated, feedback_id = await self._accept(said, client, _key(said.id, header_key))
+            repeated, feedback_id = await self._accept(said, client, _key(said.id, header_key), request_id)
         except HeedError as error:
             self._parts.metrics.feedback.labels(said.kind, _OUTCOMES[type(error)]).inc()
             raise
@@ -68,9 +69,10 @@ class Intake:
         await self._append(feedback_id, event.to_json())
         await board.write_story(feedback_id, [Story("retracted", now)])
         receipt = await board.receipt(feedback_id)
-        self._parts.metrics.feedback.labels(receipt.kind if receipt else "unknown", "retracted").inc()
+        kind = receipt.kind if receipt and receipt.kind in KINDS else "unknown"  # a newer server's may be none of ours
+        self._parts.metrics.feedback.labels(kind, "retracted").inc()
 
-    async def _accept(self, said: Said, client: Client, key: str | None) -> tuple[bool, str]:
+    async def _accept(self, said: Said, client: Client, key: str | None, request_id: str | None) -> tuple[bool, str]:
         """Whether it had been accepted before, and the receipt's id."""
         ids, accepting = self._parts.ids, self._parts.accepting
         for reply_id in named(said):
@@ -81,8 +83,10 @@ class Intake:
                     "Nothing can be learned from it; rate another reply."
                 )
         caller = client.caller(said.user)
-        feedback_id = ids.new_feedback(caller, key, client.key)
         digest = ids.digest(said.model_dump_json(exclude={"id"}).encode())
+        if key is None and request_id:  # some clients send one id with all that they do: with other words it is another
+            key = f"{request_id} {digest}"
+        feedback_id = ids.new_feedback(caller, key, client.key)
         event = _event(said, feedback_id, ids.pseudonym(caller), digest)
         if key is None:  # a receipt that nobody could have had before: no look-up, and nobody to wait for
             await self._append(event.reply_ids[0], event.to_json())
@@ -144,8 +148,7 @@ class Intake:
 
     async def _append(self, key: str, event: str) -> None:
         try:
-            future = self._parts.log.submit(FEEDBACK, key, event)
-            await self._parts.inbox.answer(future, LOG_WAIT_S)
+            await self._parts.append(FEEDBACK, key, event, LOG_WAIT_S)
         except EventTooLarge as error:
             raise TooLarge(f"The feedback cannot be kept: {error}.") from error
         except LogUnavailable as error:

@@ -8,6 +8,8 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
+from contextvars import Context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +19,7 @@ from fastapi import Depends, Header, Request
 from feedback.board import Board
 from feedback.events import Feedback, Release
 from feedback.log import Log
+from feedback.outbox import WAITS
 from serving.adapters import AdapterStore, ReleaseBroken
 from serving.config import ServingConfig
 from serving.errors import OverQuota, Unavailable
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from serving.base import Base
     from serving.chat import Chat
     from serving.swap import Swapper
+    from serving.traces import Traces
 
 DROPPED = 4096
 
@@ -63,6 +67,8 @@ class Wiring:
     """That in which the server runs; set before a speaker is made."""
     keys: Keys | None = None
     """None: nobody needs one."""
+    traces: Traces | None = None
+    """None: nothing is traced."""
     speaker: Speaker | None = None
     """None while the model is loading."""
     draining: bool = False
@@ -89,9 +95,16 @@ class Wiring:
         """True when a chat sent now would be answered, and a next one too."""
         return self.speaker is not None and not self.draining
 
-    def go_on(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """Run `work` to its end whatever becomes of the request."""
-        task = asyncio.get_running_loop().create_task(work)
+    async def append(self, topic: str, key: str, event: str, at_most_s: float) -> None:
+        """Return once the log has kept the event. Raises LogUnavailable, TimeoutError after `at_most_s`."""
+        with nullcontext() if self.traces is None else self.traces.append(topic) as span:
+            offset = await self.inbox.answer(self.log.submit(topic, key, event), at_most_s)
+            if span is not None:
+                span.set_attribute("heed.outbox", offset == WAITS)
+
+    def go_on(self, work: Coroutine[None, None, None], context: Context | None = None) -> asyncio.Task[None]:
+        """Run `work` to its end whatever becomes of the request. `context`: of another request than runs now, or of none."""
+        task = asyncio.get_running_loop().create_task(work, context=context)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
