@@ -378,7 +378,7 @@ def test_a_round_brings_a_candidate_a_report_and_a_verdict(trainer: Trainer) -> 
     assert candidate.gate.checks[1].verdict == "pass"
     assert set(candidate.report) >= {"reward", "policy", "kl", "score", "shape", "seconds"}
     assert set(candidate.report["seconds"]) == set(PHASES)
-    assert set(figures(candidate.report)) == set(FIGURES)
+    assert FIGURES.keys() - figures(candidate.report) == {"heed_live_staleness_versions", "heed_live_replies_ratio"}
     assert 0.1 < candidate.report["reward"]["top_rater_share"] < 0.2  # eight people, who said as much each
     json.dumps(candidate.report, allow_nan=False)
     assert list(dict.fromkeys(phases)) == ["reward", "rollouts", "ppo", "gate"]
