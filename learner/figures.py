@@ -11,14 +11,20 @@ FIGURES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "How often the reward model orders two unseen judgements rightly; 0.5 is chance.",
         ("reward", "auroc"),
     ),
-    "heed_reward_auroc_error": ("Standard error of that.", ("reward", "auroc_error")),
+    "heed_reward_auroc_error": ("Standard error of heed_reward_auroc.", ("reward", "auroc_error")),
     "heed_reward_nll_nats": ("Nats an unseen judgement costs the reward model.", ("reward", "nll")),
-    "heed_reward_chance_nll_nats": ("Nats it costs who knows the shares alone.", ("reward", "chance_nll")),
+    "heed_reward_chance_nll_nats": (
+        "Nats an unseen judgement costs who knows the shares alone.",
+        ("reward", "chance_nll"),
+    ),
     "heed_reward_calibration_error": (
         "Mean distance of foretold and seen share of thumbs up.",
         ("reward", "calibration_error"),
     ),
-    "heed_reward_length_correlation": ("Of the score with the reply's length.", ("reward", "length_correlation")),
+    "heed_reward_length_correlation": (
+        "Correlation of the score with the reply's length.",
+        ("reward", "length_correlation"),
+    ),
     "heed_reward_agreement": ("Mean correlation of two members of the ensemble.", ("reward", "agreement")),
     "heed_rater_weight_top_share": (
         "Share of the reward model's training weight that its heaviest rater has.",
@@ -54,17 +60,14 @@ FIGURES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "Mean age, in versions, of the served replies that were experience in the last update; 0 where none was.",
         ("live", "staleness"),
     ),
-    "heed_live_replies_ratio": ("Their share of its replies.", ("live", "share")),
+    "heed_live_replies_ratio": ("Share of the last update's replies that were served ones.", ("live", "share")),
 }
 """Gauges of the last update: name → what it says, and where it stands in the report; of batches, in the last that has it."""
-
-NO_LIVE: Mapping[str, float] = {"staleness": 0.0, "share": 0.0}
-"""Of an update that took no served replies as experience."""
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
     """The gauges that a report has values for."""
-    found = {name: _at({"live": NO_LIVE, **report}, path) for name, (_, path) in FIGURES.items()}
+    found = {name: _at(report, path) for name, (_, path) in FIGURES.items()}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
