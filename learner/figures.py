@@ -58,13 +58,10 @@ FIGURES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """Gauges of the last update: name → what it says, and where it stands in the report; of batches, in the last that has it."""
 
-NO_LIVE: Mapping[str, float] = {"staleness": 0.0, "share": 0.0}
-"""Of an update that took no served replies as experience."""
-
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
     """The gauges that a report has values for."""
-    found = {name: _at({"live": NO_LIVE, **report}, path) for name, (_, path) in FIGURES.items()}
+    found = {name: _at(report, path) for name, (_, path) in FIGURES.items()}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 

@@ -127,11 +127,13 @@ class Live:
         """What to add to the score of a reply; 0 where nobody rated it."""
         return self.correction.get(key_of(rollout), 0.0)
 
-    def report(self) -> dict[str, object]:
-        """Counts for the update's report. `effective`: how many replies of equal weight the used ones are worth (Kish)."""
+    def report(self, replies: int) -> dict[str, object]:
+        """Counts for the report of an update with so many `replies`, fresh and served. `effective`: how many of equal weight
+        the used ones are worth (Kish)."""
         total, squares = sum(self.weights), sum(weight**2 for weight in self.weights)
         return {
             "used": len(self.used),
+            "share": len(self.used) / replies,
             "effective": total**2 / squares if squares else 0.0,
             "staleness": fmean(self.used) if self.used else 0.0,
             "rejected": dict(self.rejected),

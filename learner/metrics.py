@@ -21,6 +21,9 @@ PHASES = ("reward", "rollouts", "ppo", "gate")
 CHECKS = ("reward_model", "changed", "no_worse", "kl", "length", "ended", "repetition", "variety", "probes")
 VERDICTS = ("pass", "fail", "skipped")
 
+NO_LIVE = {"staleness": 0.0, "share": 0.0}
+"""What the report of an update leaves out that took no served replies as experience."""
+
 DROPS = ("no_exchange", "too_old", "conflict", "malformed", "newer_schema")
 """Why feedback, or an event, does not count."""
 FATES = ("pending", "joined", "superseded", "retracted", "duplicate", "late")
@@ -67,7 +70,7 @@ class LearnerMetrics:
 
     def show(self, report: Mapping[str, Any]) -> None:
         """Set the gauges of the last update, from its report."""
-        for name, value in figures(report).items():
+        for name, value in figures({"live": NO_LIVE, **report}).items():
             self.figures[name].set(value)
 
     def count(self, feedback: Mapping[str, Any]) -> None:

@@ -154,9 +154,8 @@ class Round:
         self.start = self.model.adapter(POLICY).weights()
         with contextlib.closing(self.improver()) as improver:
             report = improver.run(self.prompts, self.progress)
-            if (live := improver.collector.live) is not None:
-                share = len(live.used) / (len(report.batches) * trainer.ppo.rollouts)
-                self.report["live"] = {**live.report(), "share": share}
+            if improver.collector.live is not None:
+                self.report["live"] = improver.collector.live.report(len(report.batches) * trainer.ppo.rollouts)
         rollouts_s = report.back_s + sum(batch["rollouts_s"] for batch in report.batches)
         self.report["policy"] = {
             "started_from": started_from,

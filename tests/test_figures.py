@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from learner.figures import figures
+from learner.metrics import LearnerMetrics
 
 REPORT: dict[str, Any] = {
     "reward": {"auroc": 0.7, "nll": None, "top_rater_share": 0.08},
@@ -27,7 +28,12 @@ def test_of_the_batches_the_last_that_has_a_figure_is_shown():
     assert (found["heed_live_staleness_versions"], found["heed_live_replies_ratio"]) == (1.5, 0.125)
 
 
-def test_what_a_report_does_not_say_is_not_shown_but_that_no_live_reply_was_used():
-    found = figures({"reward": {"auroc": 0.5}, "policy": {"batches": []}})
-    assert found == {"heed_reward_auroc": 0.5, "heed_live_staleness_versions": 0.0, "heed_live_replies_ratio": 0.0}
-    assert "heed_reward_nll_nats" not in figures(REPORT)
+def test_what_a_report_does_not_say_stays_as_it_was_but_live_replies_which_were_none():
+    assert figures({"reward": {"auroc": 0.5, "nll": None}, "policy": {"batches": []}}) == {"heed_reward_auroc": 0.5}
+    metrics = LearnerMetrics()
+    value = metrics.registry.get_sample_value
+    metrics.show(REPORT)
+    assert (value("heed_ppo_score"), value("heed_live_replies_ratio")) == (0.5, 0.125)
+    metrics.show({"reward": {"auroc": 0.5}})
+    assert (value("heed_reward_auroc"), value("heed_ppo_score")) == (0.5, 0.5)
+    assert value("heed_live_replies_ratio") == value("heed_live_staleness_versions") == 0

