@@ -136,6 +136,11 @@ def sides(expr: str) -> list[str]:
     return [side.prettify() for node in compared for side in (node.lhs, node.rhs)]
 
 
+def names(expr: str) -> set[str]:
+    """The metrics that an expression asks for."""
+    return {node.name for node in nodes(expr) if isinstance(node, promql_parser.VectorSelector)}
+
+
 def is_comparison(node: promql_parser.BinaryExpr) -> bool:
     sign = str(node).removeprefix(str(node.lhs)).removesuffix(str(node.rhs))
     return sign.strip().startswith(COMPARISONS)

@@ -5,21 +5,25 @@ every alert's comparison, is a finite number."""
 from __future__ import annotations
 
 import contextlib
+import math
+import re
+import statistics
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
 import pytest
 
-from deploy.dashboards.opinions import JUDGED, liked, stars
+from deploy.dashboards.opinions import JUDGED, Z, liked, stars
 from feedback.config import FeedbackConfig
 from feedback.events import KINDS
 from serving.model import find_model
 from tests.broker import free_ports
 from tests.house import ROOT, Folder, House, quick_settings
-from tests.prometheus import Prometheus, sides, substituted
+from tests.prometheus import Prometheus, names, sides, substituted
 from tests.test_alerts import RULES
 from tests.test_dashboards import BOARDS, expressions
 from tests.test_up import first_words
@@ -87,14 +91,11 @@ def test_everything_that_is_to_be_seen_is_there(watched: Watched):
     kinds = {labels["kind"] for labels, _ in watched.prometheus.ask('heed_feedback_total{outcome="accepted"} > 0')}
     assert kinds == set(KINDS)
     assert watched.prometheus.total("sum(heed_updates_total)") >= 2
-    shown = {expr for board in BOARDS.values() for expr in expressions(board)}
-    compared = {side for rule in RULES.values() for side in sides(rule["expr"])}
-    assert len(shown) > 60
-    assert len(compared) > 20
+    assert len(asked_for()) > 100
     faults: list[str] = []
 
     def looked() -> bool:
-        faults[:] = [fault for expr in sorted(shown | compared) if (fault := watched.prometheus.fault(expr))]
+        faults[:] = [fault for expr in sorted(asked_for()) if (fault := watched.prometheus.fault(expr))]
         return not faults
 
     with contextlib.suppress(AssertionError):  # what was said last is scraped within seconds
@@ -102,11 +103,22 @@ def test_everything_that_is_to_be_seen_is_there(watched: Watched):
     assert not faults, "\n".join(faults)
 
 
-def test_what_people_think_is_within_its_interval(watched: Watched):
-    for opinion in (liked, stars):
-        low, middle, high = (by_version(watched, opinion(side)) for side in (-1, 0, 1))
-        assert middle.keys() == {"v0", "v1", "v2"}
-        assert all(low[version] < value < high[version] for version, value in middle.items())
+def test_what_people_think_and_its_interval_are_those_of_the_textbook(watched: Watched):
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    recorded = "sum by (version, value) (sum_over_time(version:heed_feedback_value:increase1m[10m]))"
+    for labels, value in watched.prometheus.ask(recorded):
+        counts[labels["version"]][labels["value"]] = round(value)
+    assert counts.keys() == {"v0", "v1", "v2"}
+    shown = {side: (by_version(watched, liked(side)), by_version(watched, stars(side))) for side in (-1, 0, 1)}
+    for version, said in counts.items():
+        n, share = said.total(), sum(said[value] for value in ("up", "4", "5")) / said.total()
+        centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+        half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+        given = [star for star in range(1, 6) for _ in range(said[str(star)])]
+        mean, error = statistics.mean(given), statistics.pstdev(given) / math.sqrt(len(given))
+        expected = {-1: (centre - half, mean - Z * error), 0: (share, mean), 1: (centre + half, mean + Z * error)}
+        for side, values in expected.items():
+            assert [one[version] for one in shown[side]] == pytest.approx(values, abs=1e-4)
 
 
 def test_what_was_said_of_a_version_is_what_it_is_said_to_be(watched: Watched):
@@ -116,17 +128,29 @@ def test_what_was_said_of_a_version_is_what_it_is_said_to_be(watched: Watched):
     assert counted["v0"]["share"] == pytest.approx(by_version(watched, liked())["v0"], abs=1e-4)
 
 
+def test_a_mistyped_name_is_found_wherever_it_is(watched: Watched):
+    found = [(expr, name) for expr in asked_for() for name in names(expr)]
+    assert len(found) > 80
+    for expr, name in found:
+        assert "no series" in (watched.prometheus.fault(re.sub(rf"\b{name}\b", f"{name}s", expr)) or "nothing"), expr
+
+
 @pytest.mark.parametrize(
     ("typed", "why"),
     [
-        ("sum(rate(heed_request_total[1m]))", "no series"),
         ('heed_feedback_fates{fate="joind"}', "no series"),
         ("sum(rate(heed_requests_total[1m])", "parse error"),
         ('sum(heed_ready) / sum(heed_version_requests_total{role="candidate"})', "is inf"),
     ],
 )
-def test_what_is_mistyped_is_found(watched: Watched, typed: str, why: str):
-    assert why in (watched.prometheus.fault(typed) or "")
+def test_other_mistakes_are_found_too(watched: Watched, typed: str, why: str):
+    assert why in (watched.prometheus.fault(typed) or "nothing")
+
+
+def asked_for() -> set[str]:
+    """Every expression of every dashboard, as Grafana sends it, and both sides of every alert's comparison."""
+    shown = {expr for board in BOARDS.values() for expr in expressions(board)}
+    return shown | {side for rule in RULES.values() for side in sides(rule["expr"])}
 
 
 def by_version(watched: Watched, expr: str) -> dict[str, float]:
