@@ -26,6 +26,7 @@ from serving.routes import admin, chat, feedback, operations, policy
 from serving.routes.door import Door
 from serving.routes.wiring import Speaker, Wiring
 from serving.swap import SwapReport
+from serving.vllm_metrics import VllmMetrics
 
 HINT_WAIT_S = 5.0
 """After which a connection that broke while waiting for a hint is made again."""
@@ -57,7 +58,10 @@ def create_app(
         keys=keys,
         speaker=speaker,
     )
-    wiring.metrics.watch(lambda: _now(wiring))
+    look = partial(_now, wiring)
+    wiring.metrics.watch(look)
+    if config.vllm_metrics:
+        wiring.metrics.registry.register(VllmMetrics(wiring.metrics, look))
     app = FastAPI(title="Heed", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.wiring = wiring
     app.add_route(feedback.GIVE, feedback.give, methods=["POST"])

@@ -87,6 +87,11 @@ class ServingConfig(Settings):
         0.01, ge=0, le=1, description="share of replies, drawn at random, that ask for feedback: the unbiased slice"
     )
 
+    vllm_metrics: bool = Field(
+        False,
+        description="whether /metrics shows what Heed counts under vLLM's names too, for dashboards that ask for those",
+    )
+
     @property
     def adapter_root(self) -> Path:
         """Where the adapter store lies."""

@@ -210,7 +210,10 @@ def served(config: ServingConfig, *, log: Wrap = lambda log: log, speaks: bool =
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60) as http:
-            yield Served(url, http, wiring, loop)
+            seen = Served(url, http, wiring, loop)
+            yield seen
+            # what a route can answer stands in serving.metrics.ANSWERS: any test may show that it lacks something
+            assert seen.metric("heed_requests_total", route="other", status="other") == 0
     finally:
         server.should_exit = True
         thread.join()

@@ -23,18 +23,20 @@ RULES: dict[str, dict[str, Any]] = {
     rule["alert"]: rule
     for group in yaml.safe_load((DEPLOY / "alerts.yml").read_text("utf-8"))["groups"]
     for rule in group["rules"]
+    if "alert" in rule
 }
 
 
-def promtool(*words: str | Path) -> str:
+def promtool(*words: str | Path, code: int = 0) -> str:
+    """What it says, which ends with this exit code."""
     done = subprocess.run([program("promtool"), *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def test_prometheus_takes_the_configuration_and_its_rules():
     told = promtool("check", "config", DEPLOY / "prometheus.yml")
-    assert f"{len(RULES)} rules found" in told
+    assert f"{len(RULES) + 1} rules found" in told, "the alerts, and what is recorded"
 
 
 def test_each_alert_fires_and_keeps_still_as_its_cases_say():
@@ -48,20 +50,19 @@ def test_a_changed_rule_fails_its_cases(tmp_path: Path):
         rules = rules.replace(was, now)
     (tmp_path / "alerts.yml").write_text(rules, "utf-8")
     (tmp_path / "cases.yml").write_text(cases.replace("../deploy/alerts.yml", "alerts.yml"), "utf-8")
-    with pytest.raises(AssertionError) as failed:
-        promtool("test", "rules", tmp_path / "cases.yml")
-    for missed in ("HeedErrors", "HeedNoUpdate", "HeedSwapsFail"):
-        assert f'ALERTS{{alertname="{missed}"' in str(failed.value)
-    assert "HeedOutboxGrows" not in str(failed.value)
+    told = promtool("test", "rules", tmp_path / "cases.yml", code=1)
+    failed = {name for name in RULES if name in told}
+    assert {"HeedErrors", "HeedNoUpdate", "HeedSwapsFail"} <= failed
+    assert "HeedOutboxGrows" not in failed
 
 
 def test_every_alert_has_a_case_that_fires_and_one_that_does_not():
     seen = defaultdict[str, set[bool]](set)
     for case in yaml.safe_load(CASES.read_text("utf-8"))["tests"]:
         for asked in case["promql_expr_test"]:
-            [alert] = re.findall(r'alertname="(\w+)",alertstate="firing"}$', asked["expr"])
-            seen[alert].add(bool(asked.get("exp_samples")))
-    assert seen == dict.fromkeys(RULES, {True, False})
+            for alert in re.findall(r'^ALERTS{alertname="(\w+)",alertstate="firing"}$', asked["expr"]):
+                seen[alert].add(bool(asked.get("exp_samples")))
+    assert seen == {name: {True, False} for name in RULES}
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -55,7 +55,9 @@ def test_panels_lie_within_the_grid_and_not_on_each_other(name: str):
         place = panel["gridPos"]
         assert place["w"] > 0
         assert place["x"] + place["w"] <= 24
-        cells = itertools.product(range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"]))
+        cells = itertools.product(
+            range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+        )
         for cell in cells:
             assert cell not in taken, f"{panel['title']} lies on {taken[cell]}"
             taken[cell] = panel["title"]
@@ -76,7 +78,10 @@ def test_a_panel_says_what_is_good_and_what_is_bad_in_its_unit(name: str):
 
 def test_the_first_panel_of_learning_is_what_people_think_and_versions_are_marked():
     first, *_ = panels(BOARDS["learning.json"])
-    assert all("heed_feedback_value_total" in target["expr"] for target in first["targets"])
+    known, *opinions = (target["expr"] for target in first["targets"])
+    assert known.startswith("max by (version, role) (heed_version_info")
+    assert len(opinions) == 8
+    assert all("version:heed_feedback_value:increase1m" in expr for expr in opinions)
     for board in BOARDS.values():
         [marks] = board["annotations"]["list"]
         assert 'heed_version_info{policy="$policy",role="current"}' in marks["expr"]

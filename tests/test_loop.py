@@ -35,6 +35,7 @@ from learner.metrics import LearnerMetrics
 from learner.phases import Phases
 from learner.release import Releaser
 from learner.state import State
+from learner.statefile import remove_state
 from learner.stopping import Stopping
 from learner.watching import Watcher
 from serving.adapters import AdapterStore, Base
@@ -1101,12 +1102,22 @@ def test_freshness_is_measured_from_when_the_server_serves(world: World):
     assert b"heed_freshness_seconds_count 4.0" in world.metrics.text()
 
 
-def test_every_fate_of_feedback_is_a_number_from_the_start():
-    text = LearnerMetrics().text().decode()
-    for reason in ("no_exchange", "too_old", "conflict", "malformed", "newer_schema"):
-        assert f'heed_feedback_dropped_total{{reason="{reason}"}} 0.0' in text
-    for fate in ("pending", "joined", "superseded", "retracted", "duplicate", "late"):
-        assert f'heed_feedback_fates{{fate="{fate}"}} 0.0' in text
+def test_everything_a_learner_counts_is_a_number_from_the_start():
+    samples = [sample for family in LearnerMetrics(kl_limit=2.5).registry.collect() for sample in family.samples]
+    samples = [sample for sample in samples if not sample.name.endswith("_created")]  # a learner shows none
+    assert {sample.name: sample.value for sample in samples if sample.value} == {"heed_kl_limit_nats": 2.5}
+
+    def labels(name: str) -> set[str]:
+        return {",".join(sample.labels.values()) for sample in samples if sample.name == name}
+
+    assert labels("heed_feedback_dropped_total") == {"no_exchange", "too_old", "conflict", "malformed", "newer_schema"}
+    assert labels("heed_feedback_fates") == {"pending", "joined", "superseded", "retracted", "duplicate", "late"}
+    assert labels("heed_updates_total") == {"released", "refused", "failed", "passed_over"}
+    assert labels("heed_update_seconds_count") == {"reward", "rollouts", "ppo", "gate"}
+    assert labels("heed_learner_offset_lag") == {"heed.exchanges", "heed.feedback"}
+    assert labels("heed_gate_checks_total") >= {"kl,pass", "reward_model,fail", "probes,skipped", "no_worse,pass"}
+    bounds = {sample.labels["le"] for sample in samples if sample.name == "heed_freshness_seconds_bucket"}
+    assert {"5.0", "3600.0", "604800.0"} <= bounds
 
 
 def test_the_metrics_count_every_fate(make: Callable[..., World]):
@@ -1151,3 +1162,74 @@ def test_the_metrics_tell_of_the_update(world: World):
         "heed_reward_nll_nats 0.0",
     ):
         assert line in text
+
+
+def test_the_metrics_say_how_many_judgements_wait_and_how_many_start_an_update(make: Callable[..., World]):
+    world = make(update_min_feedback=30)
+    value = world.metrics.registry.get_sample_value
+    world.thumbs(3)
+    world.run()
+    world.report()
+    assert (value("heed_judgements_waiting"), value("heed_judgements_due")) == (3, 30)
+    world.now += 101  # the interval is over, and 20 are enough
+    world.report()
+    assert (value("heed_judgements_waiting"), value("heed_judgements_due")) == (3, 20)
+    world.thumbs(17)
+    world.run()
+    world.report()
+    assert (value("heed_judgements_waiting"), value("heed_judgements_due")) == (0, 30)
+    assert value("heed_last_update_timestamp_seconds") == world.now
+
+
+def gauges(metrics: LearnerMetrics) -> dict[str, float]:
+    """What does not count up, and was set."""
+    families = [family for family in metrics.registry.collect() if family.type == "gauge"]
+    samples = [sample for family in families for sample in family.samples if sample.value]
+    return {sample.name: sample.value for sample in samples if not sample.labels}
+
+
+def test_another_learner_shows_what_the_one_before_it_showed(world: World):
+    world.thumbs(4)
+    world.run()
+    world.trainer.passes = False
+    world.now += 5
+    world.thumbs(4)
+    world.run()
+    world.report()
+    shown = gauges(world.metrics)
+    assert {"heed_reward_auroc", "heed_last_update_timestamp_seconds", "heed_judgements_due"} <= set(shown)
+    world.metrics = LearnerMetrics()
+    world.new_learner()
+    world.run()
+    assert gauges(world.metrics) == shown
+
+
+def test_a_state_made_anew_shows_what_its_versions_came_from(world: World):
+    world.thumbs(4)
+    world.run()
+    world.close_learner()
+    remove_state(world.config.folder / "state.db")
+    world.metrics = LearnerMetrics()
+    world.new_learner()
+    world.run()
+    assert gauges(world.metrics)["heed_reward_auroc"] == 0.6
+
+
+def test_an_update_whose_learner_was_killed_before_it_told_of_it_is_shown(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*_: object) -> None:
+        raise Killed
+
+    world.thumbs(4)
+    with monkeypatch.context() as here:
+        here.setattr(Ledger, "published", killed)
+        with pytest.raises(Killed):
+            world.run()
+    world.metrics = LearnerMetrics()
+    world.new_learner()
+    world.run()
+    value = world.metrics.registry.get_sample_value
+    assert value("heed_reward_auroc") == 0.6
+    assert value("heed_updates_total", {"outcome": "released"}) == 1
+    assert value("heed_gate_checks_total", {"check": "reward_model", "verdict": "pass"}) == 1

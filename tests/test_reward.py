@@ -15,7 +15,7 @@ from torch import Tensor
 from learner import gate
 from learner.concordance import Compared, concordance
 from learner.crossfit import CrossFit, RewardConfig, deal
-from learner.evidence import chance_nll, weigh
+from learner.evidence import chance_nll, top_share, weigh
 from learner.features import Features
 from learner.judgement import Judgement, Sample, Tokens
 from learner.losses import CHANNELS, Links, preference_loss, ranking_loss, rating_loss, thumb_loss
@@ -300,6 +300,11 @@ def test_folds_are_dealt_by_prompt_where_few_raters_are_known() -> None:
     for one, fold in zip(judgements, fold_J, strict=True):
         folds.setdefault(one.reply.prompt_ids, set()).add(fold)
     assert all(len(found) == 1 for found in folds.values())
+
+
+def test_what_the_heaviest_rater_weighs_is_their_part_of_all_that_counts() -> None:
+    assert top_share(["ann", "bob", "ann", None, ""], [1.0, 2.0, 2.0, 4.0, 1.0]) == pytest.approx(0.3)
+    assert top_share([None, None], [1.0, 2.0]) == top_share([], []) == top_share(["ann"], [0.0]) == 0.0
 
 
 def test_one_rater_weighs_at_most_their_share() -> None:

@@ -17,8 +17,11 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from learner import checkpoint, gate, improve, update
 from learner.config import LearnerConfig
 from learner.exhibits import looked_at
+from learner.figures import FIGURES, figures
 from learner.improve import Improver, PolicyReport, shrunk
 from learner.judgement import Judgement, Sample, Tokens, key_of
+from learner.live import LiveReply
+from learner.metrics import CHECKS, PHASES
 from learner.model import LearnerModel
 from learner.recipe import PPOConfig, learning_rate, ppo_config
 from learner.rollouts import Prompt, Rollout, Sampler, shuffled
@@ -132,6 +135,14 @@ def test_advantages_are_whitened_over_the_whole_batch() -> None:
     real = experience.advantages_BT[experience.batch.mask_BT]
     assert float(real.mean()) == pytest.approx(0, abs=1e-6)
     assert float(real.std(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_entropy_of_a_batch_is_that_of_the_policy() -> None:
+    found = improver()
+    experience = found.collector.look_at(found.collector.sampler.sample(PROMPTS * 4, found.policy.weights(), 0))
+    _, entropy_BT = found.model.logprobs_and_entropy(experience.batch, POLICY)
+    exact = entropy_BT[experience.batch.mask_BT].mean().item()
+    assert experience.figures["entropy"] == pytest.approx(exact, rel=0.05)  # some 500 tokens, where chance moves it
 
 
 def test_a_reply_cut_at_the_limit_is_penalised_and_no_end_is_forged() -> None:
@@ -362,13 +373,29 @@ def test_a_round_brings_a_candidate_a_report_and_a_verdict(trainer: Trainer) -> 
         thumbs(trainer), asked(trainer), parent=None, seed=1, progress=lambda phase, *_: phases.append(phase)
     )
     assert [check.name for check in candidate.gate.checks][:4] == ["reward_model", "changed", "no_worse", "kl"]
+    assert {*(check.name for check in candidate.gate.checks), "probes"} == set(CHECKS)
     assert candidate.gate.checks[0].verdict == "pass"
     assert candidate.gate.checks[1].verdict == "pass"
     assert set(candidate.report) >= {"reward", "policy", "kl", "score", "shape", "seconds"}
-    assert set(candidate.report["seconds"]) == {"reward", "rollouts", "ppo", "gate"}
+    assert set(candidate.report["seconds"]) == set(PHASES)
+    assert set(figures(candidate.report)) == set(FIGURES)
+    assert 0.1 < candidate.report["reward"]["top_rater_share"] < 0.2  # eight people, who said as much each
     json.dumps(candidate.report, allow_nan=False)
     assert list(dict.fromkeys(phases)) == ["reward", "rollouts", "ppo", "gate"]
     assert set(candidate.weights.tensors) == set(trainer.base.targets)
+
+
+def test_of_the_replies_of_an_update_it_says_how_many_were_served(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "ppo", dataclasses.replace(trainer.ppo, live_share=0.25, batches=1))
+    rollouts = trainer.sampler.sample(asked(trainer), None, 9)
+    said = [LiveReply(one.prompt_ids, one.reply_ids, one.ended, one.logprobs, 2, True) for one in rollouts]
+    candidate = trainer.learn(thumbs(trainer), asked(trainer), parent=None, seed=1, served=said)
+    live, shown = candidate.report["live"], figures(candidate.report)
+    assert len(candidate.report["policy"]["batches"]) == 2
+    assert shown["heed_live_replies_ratio"] == live["used"] / 64 > 0
+    assert shown["heed_live_staleness_versions"] == 2.0
 
 
 def test_the_same_round_again_gives_the_same_bytes(trainer: Trainer) -> None:

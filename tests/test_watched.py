@@ -5,7 +5,6 @@ every alert's comparison, is a finite number."""
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,15 +13,17 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
+from deploy.dashboards.opinions import JUDGED, liked, stars
 from feedback.config import FeedbackConfig
 from feedback.events import KINDS
 from serving.model import find_model
 from tests.broker import free_ports
 from tests.house import ROOT, Folder, House, quick_settings
-from tests.prometheus import Prometheus, sides
+from tests.prometheus import Prometheus, sides, substituted
 from tests.test_alerts import RULES
 from tests.test_dashboards import BOARDS, expressions
 from tests.test_up import first_words
+
 
 @dataclass
 class Watched:
@@ -102,14 +103,17 @@ def test_everything_that_is_to_be_seen_is_there(watched: Watched):
 
 
 def test_what_people_think_is_within_its_interval(watched: Watched):
-    from deploy.dashboards.opinions import liked, stars
-    from tests.prometheus import substituted
-
     for opinion in (liked, stars):
-        low, middle, high = (dict(_by_role(watched, substituted(opinion(side)))) for side in (-1, 0, 1))
-        assert {"base", "current"} <= set(middle)
-        for role, value in middle.items():
-            assert low[role] <= value <= high[role]
+        low, middle, high = (by_version(watched, opinion(side)) for side in (-1, 0, 1))
+        assert middle.keys() == {"v0", "v1", "v2"}
+        assert all(low[version] < value < high[version] for version, value in middle.items())
+
+
+def test_what_was_said_of_a_version_is_what_it_is_said_to_be(watched: Watched):
+    """Against the learner's own count of the same feedback."""
+    counted = watched.http.get("/v1/policy").json()["liked"]
+    assert counted["v0"]["count"] == by_version(watched, JUDGED)["v0"]
+    assert counted["v0"]["share"] == pytest.approx(by_version(watched, liked())["v0"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,5 @@ def test_what_is_mistyped_is_found(watched: Watched, typed: str, why: str):
     assert why in (watched.prometheus.fault(typed) or "")
 
 
-def _by_role(watched: Watched, expr: str) -> Iterator[tuple[str, float]]:
-    for labels, value in watched.prometheus.ask(expr):
-        yield labels["role"], value
+def by_version(watched: Watched, expr: str) -> dict[str, float]:
+    return {labels["version"]: value for labels, value in watched.prometheus.ask(substituted(expr))}

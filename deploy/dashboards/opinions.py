@@ -1,21 +1,21 @@
 """What people think of a version, as PromQL: the share that liked its replies, its mean stars, and how surely each is known.
 
-Counted by the role of the version that spoke (`current`, `previous`, `base`) within the reader's window; 95% intervals.
-A role of which nobody said anything has no line.
+Over the reader's window, with 95% intervals; a version of which nobody said anything then has no line. The counters know the
+role of the version that spoke; which version that was a recording rule adds (deploy/alerts.yml).
 """
 
 from __future__ import annotations
 
-from deploy.dashboards.panels import Query, seen
+from deploy.dashboards.panels import WINDOW, Query
 
 Z = 1.96
 """Standard errors to either side of 95%."""
 
 
 def said(values: str) -> str:
-    """How often these values were given, by role: a regular expression of thumbs (`up`, `down`) and stars (`1` to `5`)."""
-    roles = 'role=~"current|previous|base"'
-    return seen(f'heed_feedback_value_total{{policy="$policy",{roles},value=~"{values}"}}', "role")
+    """How often these values were given, by version: a regular expression of thumbs (`up`, `down`) and stars (`1` to `5`)."""
+    recorded = f'version:heed_feedback_value:increase1m{{policy="$policy",value=~"{values}"}}'
+    return f"sum by (version) (sum_over_time({recorded}[{WINDOW}]))"
 
 
 LIKED, DISLIKED = said("up|4|5"), said("down|1|2|3")
@@ -43,7 +43,22 @@ def stars(side: int = 0) -> str:
     return f"3 + {_ABOVE} {'-' if side < 0 else '+'} {Z} * {_STARS_ERROR}"
 
 
+CURRENT = 'heed_version_info{policy="$policy",role="current"}'
+HOLDERS = {
+    "current": CURRENT,
+    "previous": f"topk(1, max by (version) (max_over_time(timestamp({CURRENT})[{WINDOW}:])) unless on (version) {CURRENT})",
+    "base": 'heed_version_info{policy="$policy",role="base"}',
+}
+"""Role → the version that has it at a moment; previous: the one that was current last, loaded or not."""
+
+
+def of_role(role: str, by_version: str) -> str:
+    """An opinion, of the version that had this role at the time."""
+    return f"max({by_version} and on (version) {HOLDERS[role]})"
+
+
 COLUMNS = [
+    Query('max by (version, role) (heed_version_info{policy="$policy",role=~"current|base"})', ""),
     Query(liked(), "liked"),
     Query(liked(-1), "liked, at least"),
     Query(liked(1), "liked, at most"),
@@ -53,5 +68,5 @@ COLUMNS = [
     Query(stars(1), "stars, at most"),
     Query(STARRED, "rated"),
 ]
-"""Of the table of roles; bounds with 95% confidence."""
-BANDS = {-1: "low", 0: "middle", 1: "high"}
+"""Of the table of versions; bounds with 95% confidence."""
+BANDS = {-1: "low", 0: "", 1: "high"}

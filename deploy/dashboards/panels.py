@@ -1,14 +1,16 @@
-"""Panels in one short call each, and a dashboard of rows of them: thin over Grafana's own builders."""
+"""Panels in one short call each, and a dashboard of rows of them: thin over Grafana's own builders.
+
+Every panel has a title and says `what` it shows, and what is `good` and what is `bad` there. Units are Grafana's: `s`, `reqps`
+(requests a second), `percentunit` (a share of 1), `short` (a count), `none`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from grafana_foundation_sdk.builders import common, prometheus, stat, statetimeline, table, timeseries
 from grafana_foundation_sdk.builders.dashboard import (
-    AnnotationQuery,
     CustomVariable,
     Dashboard,
     DashboardLink,
@@ -16,11 +18,23 @@ from grafana_foundation_sdk.builders.dashboard import (
     QueryVariable,
     Row,
 )
-from grafana_foundation_sdk.models.common import GraphDrawStyle, LegendDisplayMode, StackingMode, TooltipDisplayMode
-from grafana_foundation_sdk.models.dashboard import DashboardLinkType, DataSourceRef, DataTransformerConfig
+from grafana_foundation_sdk.cog.builder import Builder
+from grafana_foundation_sdk.models.common import (
+    GraphDrawStyle,
+    LegendDisplayMode,
+    StackingMode,
+    TooltipDisplayMode,
+    VisibilityMode,
+)
 from grafana_foundation_sdk.models.dashboard import AnnotationQuery as Annotation
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardLinkType,
+    DataSourceRef,
+    DataTransformerConfig,
+    VariableOption,
+    VariableRefresh,
+)
 from grafana_foundation_sdk.models.dashboard import DynamicConfigValue as Property
-from grafana_foundation_sdk.models.dashboard import VariableOption, VariableRefresh
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 Panel = timeseries.Panel | stat.Panel | table.Panel | statetimeline.Panel
@@ -41,18 +55,6 @@ class Query(NamedTuple):
 
     expr: str
     name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Meaning:
-    """What a panel shows, and how its reader knows good from bad."""
-
-    what: str
-    good: str
-    bad: str
-
-    def __str__(self) -> str:
-        return f"{self.what}\n\n**Good:** {self.good}\n\n**Bad:** {self.bad}"
 
 
 def rate(metric: str, by: str = "", per: str = RATE) -> str:
@@ -84,7 +86,9 @@ def quantiles(metric: str, per: str = RATE) -> list[Query]:
 
 def lines(
     title: str,
-    meaning: Meaning,
+    what: str,
+    good: str,
+    bad: str,
     unit: str,
     queries: Sequence[Query],
     *,
@@ -93,7 +97,7 @@ def lines(
     top: float | None = None,
 ) -> timeseries.Panel:
     """Values over time. `bars` are stacked, for counts; `top`: where the axis ends at least (1 for shares)."""
-    panel = _panel(timeseries.Panel(), title, meaning, queries, width).unit(unit)
+    panel = _panel(timeseries.Panel(), title, _said(what, good, bad), queries, width).unit(unit)
     panel.axis_soft_min(0).span_nulls(False).fill_opacity(8).line_width(2)
     panel.legend(common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).show_legend(True))
     panel.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
@@ -106,12 +110,12 @@ def lines(
 
 
 def banded(
-    title: str, meaning: Meaning, unit: str, queries: Mapping[str, str], *, bottom: float, top: float
+    title: str, what: str, good: str, bad: str, unit: str, queries: Sequence[Query], *, bottom: float, top: float
 ) -> timeseries.Panel:
-    """A line for each role within its interval; `queries` has the expressions of "low", "middle" and "high", by role."""
-    named = [Query(expr, "{{role}}" if at == "middle" else f"{{{{role}}}} {at}") for at, expr in queries.items()]
-    panel = lines(title, meaning, unit, named, width=12, top=top).axis_soft_min(bottom)
-    bounds = [Property("custom.lineWidth", 0), Property("custom.hideFrom", _only_in_legend_hidden())]
+    """A line for each role, within its band: `queries` are called by the role, and by the role with "low" and "high"."""
+    panel = lines(title, what, good, bad, unit, queries, width=12, top=top).axis_soft_min(bottom).max_data_points(100)
+    unnamed = {"legend": True, "tooltip": False, "viz": False}
+    bounds = [Property("custom.lineWidth", 0), Property("custom.hideFrom", unnamed)]
     panel.override_by_regexp("/ (low|high)$/", bounds)
     for role, colour in COLOURS.items():
         panel.override_by_regexp(f"/^{role}/", [Property("color", {"mode": "fixed", "fixedColor": colour})])
@@ -120,20 +124,26 @@ def banded(
 
 
 def number(
-    title: str, meaning: Meaning, unit: str, queries: Sequence[Query], *, width: int = 4, height: int = 4
+    title: str, what: str, good: str, bad: str, unit: str, queries: Sequence[Query], *, width: int = 4, height: int = 4
 ) -> stat.Panel:
     """What is so now, in large figures."""
-    return _panel(stat.Panel(), title, meaning, queries, width, height).unit(unit)
+    return _panel(stat.Panel(), title, _said(what, good, bad), queries, width, height).unit(unit)
 
 
-def rows(title: str, meaning: Meaning, columns: Sequence[Query], *, by: str, units: Mapping[str, str]) -> table.Panel:
-    """A table of what is so now: a row for each value of the label `by`, a column for each query."""
-    panel = _panel(table.Panel(), title, meaning, (), 24, 6)
+def rows(
+    title: str, what: str, good: str, bad: str, columns: Sequence[Query], *, by: str, units: Mapping[str, str]
+) -> table.Panel:
+    """A table of what is so now: a row for each value of the label `by`, a column for each query and each other label.
+
+    A query without a name has no column of its own.
+    """
+    panel = _panel(table.Panel(), title, _said(what, good, bad), (), 24, 6)
     names = {f"Value #{_ref(place)}": query.name for place, query in enumerate(columns)}
     for place, query in enumerate(columns):
         panel.with_target(_target(query, place).instant().format(PromQueryFormat.TABLE))
     order = {by: 0, **{value: 1 + place for place, value in enumerate(names)}}
-    organize = {"excludeByName": {"Time": True}, "renameByName": names, "indexByName": order}
+    hidden = {"Time": True, **{value: True for value, name in names.items() if not name}}
+    organize = {"excludeByName": hidden, "renameByName": names, "indexByName": order}
     panel.with_transformation(DataTransformerConfig(id_val="merge", options={}))
     panel.with_transformation(DataTransformerConfig(id_val="organize", options=organize))
     for name, unit in units.items():
@@ -141,10 +151,10 @@ def rows(title: str, meaning: Meaning, columns: Sequence[Query], *, by: str, uni
     return panel
 
 
-def reigns(title: str, meaning: Meaning, query: Query, *, width: int = 24) -> statetimeline.Panel:
+def reigns(title: str, what: str, good: str, bad: str, query: Query, *, width: int = 24) -> statetimeline.Panel:
     """A bar for each thing that is so, from when to when."""
-    panel = _panel(statetimeline.Panel(), title, meaning, [query], width, 6)
-    return panel.legend(common.VizLegendOptions().show_legend(False))
+    panel = _panel(statetimeline.Panel(), title, _said(what, good, bad), [query], width, 6)
+    return panel.legend(common.VizLegendOptions().show_legend(False)).show_value(VisibilityMode.NEVER)
 
 
 def board(
@@ -166,11 +176,11 @@ def board(
     )
     made.with_variable(
         CustomVariable("window")
-        .label("Seldom things are counted within")
+        .label("Window")
         .values(",".join(WINDOWS))
         .current(VariableOption(selected=True, text="6h", value="6h"))
     )
-    made.annotation(_marked_versions())
+    made.annotation(_MarkedVersions())
     number = 0
     for heading, panels in sections.items():
         number += 1
@@ -188,16 +198,17 @@ class _Marks(Annotation):
         return {**super().to_json(), "titleFormat": "{{version}} speaks", "step": "15s"}
 
 
-def _marked_versions() -> AnnotationQuery:
-    builder = AnnotationQuery()
-    builder._internal = _Marks(
-        name="Versions", datasource=SOURCE, enable=True, hide=False, icon_color="purple", expr=VERSIONS
-    )
-    return builder
+class _MarkedVersions(Builder[Annotation]):
+    def build(self) -> Annotation:
+        return _Marks(name="Versions", datasource=SOURCE, enable=True, icon_color="purple", expr=VERSIONS)
 
 
-def _panel(panel: P, title: str, meaning: Meaning, queries: Sequence[Query], width: int, height: int = 8) -> P:
-    panel.title(title).description(str(meaning)).datasource(SOURCE).span(width).height(height)
+def _said(what: str, good: str, bad: str) -> str:
+    return f"{what}\n\n**Good:** {good}\n\n**Bad:** {bad}"
+
+
+def _panel(panel: P, title: str, said: str, queries: Sequence[Query], width: int, height: int = 8) -> P:
+    panel.title(title).description(said).datasource(SOURCE).span(width).height(height)
     for place, query in enumerate(queries):
         panel.with_target(_target(query, place))
     return panel
@@ -209,7 +220,3 @@ def _target(query: Query, place: int) -> prometheus.Dataquery:
 
 def _ref(place: int) -> str:
     return chr(ord("A") + place)
-
-
-def _only_in_legend_hidden() -> dict[str, bool]:
-    return {"legend": True, "tooltip": False, "viz": False}

@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import Depends
 
 from feedback.board import WORK_HINT, Receipt, Story
-from feedback.events import FEEDBACK, Feedback, FeedbackContent, Retraction
+from feedback.events import FEEDBACK, KINDS, Feedback, FeedbackContent, Retraction
 from feedback.log import EventTooLarge, LogUnavailable
 from serving.errors import Conflict, HeedError, NotStored, TooLarge, Unavailable, UnknownReply, Unprocessable
 from serving.metrics import role_of
@@ -68,7 +68,8 @@ class Intake:
         await self._append(feedback_id, event.to_json())
         await board.write_story(feedback_id, [Story("retracted", now)])
         receipt = await board.receipt(feedback_id)
-        self._parts.metrics.feedback.labels(receipt.kind if receipt else "unknown", "retracted").inc()
+        kind = receipt.kind if receipt and receipt.kind in KINDS else "unknown"  # a newer server's may be none of ours
+        self._parts.metrics.feedback.labels(kind, "retracted").inc()
 
     async def _accept(self, said: Said, client: Client, key: str | None) -> tuple[bool, str]:
         """Whether it had been accepted before, and the receipt's id."""
