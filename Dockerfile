@@ -39,8 +39,8 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
   && useradd --uid 10001 --user-group --home-dir /data --no-create-home --shell /usr/sbin/nologin heed \
   && install --directory --owner heed --group heed /data /adapters /models
 COPY --from=needed /opt/heed /opt/heed
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-  pip install --no-deps --no-index /wheel/*.whl && pip check
+COPY --from=wheel /wheel /wheel
+RUN pip install --no-deps --no-index /wheel/*.whl && pip check && rm -r /wheel
 
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Heed" \
