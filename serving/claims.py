@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import ipaddress
 import os
 import socket
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,8 @@ from serving.exits import Exit
 
 LEAVING = b"leaving\n"
 """What the holder of a lock adds to its file once it has begun to stop."""
+
+_SO_ATTACH_FILTER = 26
 
 
 class CannotStart(Exception):
@@ -116,3 +121,18 @@ def listen(host: str, port: int, *, private: bool = False) -> list[socket.socket
             f"cannot listen on {host}, port {port}: {reason}. Set HEED_HOST and HEED_PORT to a free address.",
         ) from error
     return sockets
+
+
+def turn_away(listening: socket.socket) -> None:
+    """From now on nobody begins to connect, while who has begun still gets in. Linux only; elsewhere it does nothing.
+
+    Closing resets the connections that were made and not yet accepted, and there is always one more. So the kernel is
+    told to drop what opens a connection (SYN without ACK); whoever sent it tries again, and finds the socket closed.
+    """
+    # of classic BPF, over a TCP header: flags & (SYN | ACK) == SYN ? drop : pass
+    steps = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFF_FFFF)]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a sandbox without it
+            attached = struct.pack("HP", len(steps), ctypes.addressof(program))
+            listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, attached)

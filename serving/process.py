@@ -2,8 +2,8 @@
 
 HTTP runs in the main thread's event loop, the engine's steps in a thread of their own, the model is loaded in another,
 so that /health and /ready answer from the first second. On SIGTERM or SIGINT: /ready says 503 at once; chats are still
-answered for `drain_delay_s`, until a proxy has noticed; then nobody is let in any more, streams are finished, each
-within its own deadline, the log is brought to disk, and the exit code is 0.
+answered for `drain_delay_s`, until a proxy has noticed; then nobody is let in any more, who is in and has not asked yet
+gets a moment to do so, streams are finished, each within its own deadline, the log is brought to disk, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -33,7 +34,7 @@ from feedback.log import LogUnavailable, open_log
 from serving.adapters import AdapterStore, describe_base
 from serving.app import base_name, create_app, follow_hints, on_swap
 from serving.chat import Chat
-from serving.claims import LEAVING, CannotStart, hold, listen, prepare_folder
+from serving.claims import LEAVING, CannotStart, hold, listen, prepare_folder, turn_away
 from serving.config import ServingConfig
 from serving.cores import cores
 from serving.engine import Engine, ModelError, load_model
@@ -51,6 +52,10 @@ LONGEST_UNASKED = 4096
 """Tokens of prompt and reply where no setting says more: memory is set aside for each row."""
 SETTLE_S = 10.0
 """After the last connection is gone, how long exchanges may take to reach the log."""
+_LINGER_S = 1.0
+"""From the closing of the door to that of idle connections, at most: a request may be on its way."""
+_ENTER_S = 0.05
+"""In which who has begun to connect is in."""
 _KEEP_ALIVE_S = 75
 """Longer than common clients keep an idle connection, so that they close it, and never send into a closed one."""
 
@@ -129,6 +134,22 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are handled in `run`; uvicorn's own handlers would close the socket at once."""
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door so that nobody who got in, or had a foot in it, is cut off unheard; then uvicorn's own way.
+
+        uvicorn alone would reset connections that it has not accepted yet, and close those whose request is on its way.
+        """
+        if self._settings.drain_delay_s:
+            for listening in sockets or []:
+                turn_away(listening)
+            await asyncio.sleep(_ENTER_S)
+        for server in self.servers:
+            server.close()
+        give_up = time.monotonic() + min(_LINGER_S, self._settings.drain_delay_s)
+        while self.server_state.connections and time.monotonic() < give_up:
+            await asyncio.sleep(_ENTER_S)
+        await super().shutdown(sockets)
 
     def _told_to_stop(self, number: signal.Signals) -> None:
         """The first signal begins the drain, further SIGINTs hurry it: no more delay, then no more patience."""

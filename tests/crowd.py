@@ -37,8 +37,8 @@ class Crowd:
     size: int = 4
     every_s: float = 0.0
     """Seconds from one exchange of a person to the next; who was kept waiting makes up for it."""
-    said_before: int = 0
-    """What each has said already, to another server maybe: the names of their feedback go on from there."""
+    ids: bool = True
+    """Whether feedback names an id, by which it counts once however often it is sent."""
     leaving: threading.Event = field(default_factory=threading.Event, repr=False)
     promised: dict[str, tuple[str, float]] = field(default_factory=dict)
     """The receipts' ids, with what was said: kind and value."""
@@ -48,6 +48,9 @@ class Crowd:
     """Replies that the server could not keep, as their answers said."""
     oddities: list[str] = field(default_factory=list)
     outages: int = 0
+    """Requests without an answer, or without its end."""
+    cut_streams: int = 0
+    """Those of them whose answer had begun."""
     slowest_s: float = 0.0
     """How long an answer took at most."""
     refusals: Counter[str] = field(default_factory=Counter)
@@ -96,12 +99,8 @@ class Crowd:
                 rating: dict[str, Any] = {"kind": "rating", "value": chance.randint(1, 5)}
                 thumb: dict[str, Any] = {"kind": "thumb", "value": chance.choice(["up", "down"])}
                 opinion = chance.choice([rating, thumb])
-                named = {
-                    "reply_id": reply.body["id"],
-                    "user": f"user-{number}",
-                    "id": f"{number}-{self.said_before + said}",
-                }
-                self.rate(http, reply, opinion, named)
+                named = {"reply_id": reply.body["id"], "user": f"user-{number}"}
+                self.rate(http, reply, opinion, named | ({"id": f"{number}-{said}"} if self.ids else {}))
 
     def rate(self, http: httpx.Client, reply: _Answer, opinion: dict[str, Any], named: dict[str, Any]) -> None:
         heed = reply.body["heed"]
@@ -146,6 +145,7 @@ class Crowd:
                 self.odd(f"{path}: cut off by a server that nobody touched ({error!r})")
             with self._lock:
                 self.outages += 1
+                self.cut_streams += "incomplete chunked read" in str(error)
             return None
         with self._lock:
             self._lives.add(life)
@@ -173,15 +173,16 @@ class Crowd:
 
 
 def _parsed(answer: httpx.Response) -> dict[str, Any]:
-    """The answer's body; of a stream the last chunk, once it is seen to be whole."""
+    """The answer's body; of a stream the last chunk, once it is seen to be whole, and of one version."""
     if not answer.headers["content-type"].startswith("text/event-stream"):
         body: dict[str, Any] = answer.json()
         return body
-    *_, last, done = (line.removeprefix("data: ") for line in answer.text.splitlines() if line)
+    *lines, done = (line.removeprefix("data: ") for line in answer.text.splitlines() if line)
     assert done == "[DONE]", answer.text
-    chunk: dict[str, Any] = json.loads(last)
-    assert chunk["choices"][0]["finish_reason"] in ("stop", "length"), last
-    return chunk
+    chunks: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    assert {chunk["model"] for chunk in chunks} == {answer.headers["x-heed-version"]}, answer.text
+    assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length"), answer.text
+    return chunks[-1]
 
 
 def counts_each_once(crowd: Crowd, state: State) -> None:

@@ -67,13 +67,13 @@ signal.signal(signal.SIGCHLD, note_ends)
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s")
 for line in sys.stdin:
     name, data = json.loads(line)
-    config = load(LearnerConfig, environ={}, toml=None, flags=flags | ({"data": data} if data else {}))
+    config = load(LearnerConfig, environ={}, toml=None, flags=flags[name] | ({"data": data} if data else {}))
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         code = 1
         try:
-            code = serving.serve(config.serving) if name == "server" else learning.learn(config)
+            code = learning.learn(config) if name == "learner" else serving.serve(config.serving)
         finally:
             logging.shutdown()
             os._exit(code)
@@ -84,15 +84,17 @@ for line in sys.stdin:
 class House:
     """Server and learner, each while it is started and not ended."""
 
-    def __init__(self, ends: Path, **settings: Any) -> None:
-        """`ends`: a file, made here, of how processes ended."""
+    def __init__(self, ends: Path, second: dict[str, Any] | None = None, **settings: Any) -> None:
+        """`ends`: a file, made here, of how processes ended. `second`: where a second server's settings differ."""
         self.url = f"http://127.0.0.1:{settings['port']}"
+        """Where people find the server."""
         self.life = 0
-        """Grows whenever the server is ended or started."""
+        """Grows whenever a server is ended or started."""
+        own = {"server": settings, "learner": settings} | ({"second": settings | second} if second else {})
         self._ends = ends
         ends.touch()
         self.nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, json.dumps(settings), str(ends)],
+            [sys.executable, "-c", NURSERY, json.dumps(own), str(ends)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -106,7 +108,7 @@ class House:
         assert self.nursery.stdin is not None
         assert self.nursery.stdout is not None
         for name in names:
-            self.life += name == "server"
+            self.life += name != "learner"
             self.nursery.stdin.write(json.dumps([name, str(data) if data else None]) + "\n")
             self.nursery.stdin.flush()
             self.pids[name] = int(self.nursery.stdout.readline())
@@ -115,7 +117,7 @@ class House:
         """Send a signal, and wait; returns the exit codes (minus the signal, where that ended it)."""
         assert self.ended() == {}
         pids = {name: self.pids.pop(name) for name in names}
-        self.life += "server" in names
+        self.life += names != ("learner",)
         for pid in pids.values():
             os.kill(pid, number)
         until(lambda: set(pids.values()) <= self._codes().keys(), f"{names} ended")

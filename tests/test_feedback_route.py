@@ -126,6 +126,23 @@ def test_the_key_may_come_as_a_header(quiet: Served):
     assert len(quiet.said()) == 1
 
 
+def test_what_a_proxy_sends_again_counts_once(quiet: Served):
+    """nginx and Envoy send the same X-Request-ID with each try; some clients send one id with all that they do."""
+    body = {"kind": "thumb", "reply_id": reply(quiet), "value": "up"}
+    receipts = [give(quiet, {"X-Request-ID": "r"}, **body).json()["id"] for _ in range(2)]
+    assert receipts[0] == receipts[1]
+    assert len(quiet.said()) == 1
+    others = [
+        give(quiet, {"X-Request-ID": "r"}, **body | {"value": "down"}),
+        give(quiet, {"X-Request-ID": "s"}, **body),
+    ]
+    assert [other.status_code for other in others] == [202, 202]
+    keyed = [give(quiet, {"X-Request-ID": name}, **body, id="k").json()["id"] for name in "rs"]
+    assert keyed[0] == keyed[1]
+    assert len({*receipts, *keyed, *(other.json()["id"] for other in others)}) == 4
+    assert len(quiet.said()) == 4
+
+
 def test_posts_at_the_same_moment_are_one_event(quiet: Served):
     body = {"kind": "rating", "reply_id": reply(quiet), "value": 3, "id": "once"}
     with ThreadPoolExecutor(8) as pool:

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +160,46 @@ def test_on_sigterm_it_serves_on_then_finishes_what_is_running(tmp_path: Path, l
         assert sorted(len(one.content.reply_ids) for one in server.exchanges())[-1] == tokens
         assert {one.finish_reason for one in server.exchanges()} <= {"length", "stop"}
         assert "Traceback" not in server.process.communicate()[1]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux can turn away who knocks while it lets in who is at the door"
+)
+def test_whoever_got_in_before_the_door_closed_is_answered(tmp_path: Path, model_folder: Path):
+    """A proxy that asks nobody for /ready sends on until it is refused, and each request on a connection of its own."""
+    told: Counter[str] = Counter()
+    with running(tmp_path / "data", model_folder, drain_delay_s=0.5) as server:
+        server.until(server.ready)
+        host, port = server.url.removeprefix("http://").split(":")
+
+        def ask_until_refused(number: int) -> None:
+            chance = random.Random(number)
+            while True:
+                try:
+                    connection = socket.create_connection((host, int(port)), timeout=10)
+                except ConnectionRefusedError:
+                    return
+                with connection:
+                    time.sleep(chance.uniform(0, 0.02))
+                    told[_asked(connection)] += 1
+
+        with ThreadPoolExecutor(16) as people:
+            asking = [people.submit(ask_until_refused, number) for number in range(16)]
+            server.until(lambda: told["HTTP/1.1 200 OK"] > 100)
+            server.process.send_signal(signal.SIGTERM)
+            for each in asking:
+                each.result()
+        assert server.process.wait(30) == Exit.DONE
+    assert set(told) == {"HTTP/1.1 200 OK"}, told
+
+
+def _asked(connection: socket.socket) -> str:
+    """What became of a request on this connection, in a line."""
+    try:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        return connection.recv(4096).decode().partition("\r\n")[0]
+    except OSError as error:
+        return repr(error)
 
 
 def _listens(url: str) -> bool:

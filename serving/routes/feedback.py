@@ -40,7 +40,8 @@ async def give(request: Request) -> Response:
     client = await client_of(request, parts, request.headers.get("authorization", ""))
     await within_quota(client, parts)
     said = await _read_and_count(request)
-    receipt = await Intake(parts).accept(said, client, request.headers.get("idempotency-key"))
+    key, request_id = (request.headers.get(name) for name in ("idempotency-key", "x-request-id"))
+    receipt = await Intake(parts).accept(said, client, key, request_id)
     return Response(f'{{"id":"{receipt}","status":"accepted"}}', 202, media_type="application/json")
 
 

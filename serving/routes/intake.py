@@ -43,14 +43,15 @@ class Intake:
     def __init__(self, parts: Wiring) -> None:
         self._parts = parts
 
-    async def accept(self, said: Said, client: Client, header_key: str | None) -> str:
+    async def accept(self, said: Said, client: Client, header_key: str | None, request_id: str | None = None) -> str:
         """Keep what was said, and return the receipt's id.
 
+        `request_id`: the same words under the same one count once, where the client gave no key: a proxy sent them again.
         Raises UnknownReply, NotStored, Conflict (the id was used with another body), Unavailable (nothing was kept),
         Unprocessable (header and body name different keys).
         """
         try:
-            repeated, feedback_id = await self._accept(said, client, _key(said.id, header_key))
+            repeated, feedback_id = await self._accept(said, client, _key(said.id, header_key), request_id)
         except HeedError as error:
             self._parts.metrics.feedback.labels(said.kind, _OUTCOMES[type(error)]).inc()
             raise
@@ -70,7 +71,7 @@ class Intake:
         receipt = await board.receipt(feedback_id)
         self._parts.metrics.feedback.labels(receipt.kind if receipt else "unknown", "retracted").inc()
 
-    async def _accept(self, said: Said, client: Client, key: str | None) -> tuple[bool, str]:
+    async def _accept(self, said: Said, client: Client, key: str | None, request_id: str | None) -> tuple[bool, str]:
         """Whether it had been accepted before, and the receipt's id."""
         ids, accepting = self._parts.ids, self._parts.accepting
         for reply_id in named(said):
@@ -81,8 +82,10 @@ class Intake:
                     "Nothing can be learned from it; rate another reply."
                 )
         caller = client.caller(said.user)
-        feedback_id = ids.new_feedback(caller, key, client.key)
         digest = ids.digest(said.model_dump_json(exclude={"id"}).encode())
+        if key is None and request_id:  # some clients send one id with all that they do: with other words it is another
+            key = f"{request_id} {digest}"
+        feedback_id = ids.new_feedback(caller, key, client.key)
         event = _event(said, feedback_id, ids.pseudonym(caller), digest)
         if key is None:  # a receipt that nobody could have had before: no look-up, and nobody to wait for
             await self._append(event.reply_ids[0], event.to_json())
