@@ -1,9 +1,11 @@
-"""The `heed` command: its commands and their flags. Nothing heavy is imported until a command needs it."""
+"""The `heed` command: its commands and their flags. Nothing heavy is imported until a command needs it.
+
+`heed adapters` is in cli_adapters.py, `heed feedback` in cli_feedback.py, the flags that many have in flags.py.
+"""
 
 from __future__ import annotations
 
 import getpass
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +14,10 @@ import typer
 from rich.console import Console
 
 from deploy import completing
+from deploy.cli_adapters import adapters
+from deploy.cli_feedback import judgements
 from deploy.door import NotDone, guarded, prepare_process, server, settings
+from deploy.flags import ApiKey, AsJson, Data, Host, Insecure, Model, Port, Url
 
 app = typer.Typer(
     name="heed",
@@ -21,25 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-adapters = typer.Typer(name="adapters", help="The versions in the adapter store, and which of them is served.")
 app.add_typer(adapters, no_args_is_help=True)
-judgements = typer.Typer(name="feedback", help="What people said: brought in, taken out, and the story of one.")
 app.add_typer(judgements, no_args_is_help=True)
 benches = typer.Typer(name="bench", help="What the parts are worth, measured on simulated feedback.")
 app.add_typer(benches, no_args_is_help=True)
 
-Data = Annotated[Path | None, typer.Option(help="Folder of everything Heed keeps. (HEED_DATA, else heed-data)")]
-Port = Annotated[int | None, typer.Option(help="TCP port of chat, feedback and page. (HEED_PORT, else 8000)")]
-Host = Annotated[str | None, typer.Option(help="Address to listen on. (HEED_HOST, else 127.0.0.1)")]
-Model = Annotated[str | None, typer.Option(help="Base model: directory or hub id. (HEED_MODEL, else the built-in one)")]
-Url = Annotated[str | None, typer.Option(help="Address of the server. (this machine, HEED_PORT)")]
-ApiKey = Annotated[
-    str | None, typer.Option("--key", "--api-key", help="API key, where the server wants one. (HEED_API_KEY)")
-]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Listen beyond this machine without API keys. (HEED_INSECURE)")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
 
@@ -115,8 +106,12 @@ def chat(
     """Talk and rate in the terminal."""
     from deploy.chat import chat as run
 
+    try:
+        user = user or getpass.getuser()
+    except (KeyError, OSError) as error:  # a container's user need not have a name
+        raise NotDone("your user has no login name here: say who you are with --user.") from error
     url, key = server(url, key)
-    run(url, user or getpass.getuser(), model, Console(), key)
+    run(url, user, model, Console(), key)
 
 
 @app.command()
@@ -244,156 +239,6 @@ def bench_learn(
     config = settings(model=model)
     plan = Plan(objective or [config.objective], rater or ["emoji"], count, noise, seed or [0], kind, out)
     run(plan, config, Console(stderr=as_json), as_json)
-
-
-@adapters.command("list")
-def list_versions(data: Data = None, as_json: AsJson = False) -> None:
-    """Every version, and which one is served."""
-    from deploy import versions
-
-    listed = versions.listing(versions.store_of(settings(data=data)))
-    print(json.dumps(listed)) if as_json else versions.print_listing(listed, Console())
-
-
-Version = Annotated[str, typer.Argument(help="As v3 or 3; v0 is the base.", autocompletion=completing.versions)]
-
-
-@adapters.command("show")
-def show_version(version: Version, data: Data = None, as_json: AsJson = False) -> None:
-    """All that is known of a version, as JSON: parent, feedback, update, gate, files. --json puts it on one line."""
-    from deploy import versions
-
-    shown = versions.show(versions.store_of(settings(data=data)), versions.number(version))
-    print(json.dumps(shown, indent=None if as_json else 2))
-
-
-Reason = Annotated[str, typer.Option(help="Why; kept in the release's history.")]
-
-
-@adapters.command("promote")
-def promote_version(
-    version: Version, reason: Reason = "", data: Data = None, model: Model = None, as_json: AsJson = False
-) -> None:
-    """Serve this version from now on, gated or not (v0: the base)."""
-    from deploy import versions
-
-    config = settings(data=data, model=model)
-    store, chosen = versions.store_of(config), versions.number(version)
-    base = versions.base_of(config) if chosen else None
-    left = store.release().current
-    release = store.change("promote", "operator", version=chosen, reason=reason, base=base)
-    print(versions.changed(left, release, as_json))
-
-
-@adapters.command("rollback")
-def roll_back(reason: Reason = "", data: Data = None, as_json: AsJson = False) -> None:
-    """Serve the version that was served before the current one."""
-    from deploy import versions
-
-    store = versions.store_of(settings(data=data))
-    left = store.release().current
-    print(versions.changed(left, store.change("rollback", "operator", reason=reason), as_json))
-
-
-@adapters.command("verify")
-def verify_versions(
-    version: Annotated[
-        str | None, typer.Argument(help="One version. (all)", autocompletion=completing.versions)
-    ] = None,
-    data: Data = None,
-    model: Model = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check digests, shapes, numbers and fit to the base; exit code 1 when a version is bad."""
-    from deploy import versions
-
-    config = settings(data=data, model=model)
-    store = versions.store_of(config)
-    chosen = store.versions() if version is None else [versions.number(version)]
-    problems = versions.verify(store, chosen, versions.base_of(config))
-    print(json.dumps(problems)) if as_json else versions.print_problems(problems, Console())
-    raise typer.Exit(int(any(problems.values())))
-
-
-@adapters.command("import")
-def import_adapter(folder: Path, data: Data = None, model: Model = None, as_json: AsJson = False) -> None:
-    """Make a PEFT adapter from elsewhere the next version; served to nobody until it is promoted."""
-    from deploy import versions
-
-    config = settings(data=data, model=model)
-    version = versions.store_of(config).import_adapter(folder, versions.base_of(config))
-    told = f"imported as v{version}; to serve it: heed adapters promote v{version}"
-    print(json.dumps({"version": f"v{version}"}) if as_json else told)
-
-
-@judgements.command("import")
-def import_feedback(
-    file: Annotated[Path, typer.Argument(help="JSONL, CSV or Parquet, with TRL's column names.")],
-    format_: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help="jsonl, csv or parquet. (by the suffix)",
-            autocompletion=completing.one_of(completing.formats),
-        ),
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad lines out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the file.")] = False,
-    data: Data = None,
-    model: Model = None,
-    as_json: AsJson = False,
-) -> None:
-    """Past chats and judgements, for the learner to begin with.
-
-    A line has prompt and completion, with label (up, down, true, false, 1, 0) or rating (1 to 5) or neither; or
-    prompt, chosen and rejected. Prompts and replies are texts or lists of messages. user, at, id, aspect and
-    conversation may be added. A bad line refuses the whole file, unless --skip-bad.
-    """
-    from deploy.imports import Plan, run
-
-    plan = Plan(file, format_, skip_bad, dry_run)
-    raise typer.Exit(run(plan, settings(data=data, model=model), Console(stderr=as_json), as_json))
-
-
-@judgements.command("export")
-def export_feedback(
-    out: Annotated[Path | None, typer.Option(help="Folder of the files, or the file of one kind.")] = None,
-    format_: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help="jsonl or parquet.",
-            autocompletion=completing.one_of(lambda: ("jsonl", "parquet")),
-        ),
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            help="unpaired, preferences, ratings or exchanges, to --out or printed. (all)",
-            autocompletion=completing.one_of(lambda: ("unpaired", "preferences", "ratings", "exchanges")),
-        ),
-    ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Also feedback that does not count.")] = False,
-    text: Annotated[bool, typer.Option("--text", help="Prompts and replies as texts, not as messages.")] = False,
-    data: Data = None,
-    as_json: AsJson = False,
-) -> None:
-    """What was said and what people thought of it, in TRL's column names: for KTO, DPO and reward models."""
-    from deploy.exports import Plan, run
-
-    run(Plan(out, format_, kind, everything, text), settings(data=data), Console(), as_json)
-
-
-@judgements.command("why")
-def why_feedback(
-    id_: Annotated[str, typer.Argument(metavar="ID", help="A receipt's id (fb-…), or a reply's (chatcmpl-…).")],
-    data: Data = None,
-    as_json: AsJson = False,
-) -> None:
-    """What became of a feedback: its history, its reply, whether it counts, and which version learned from it."""
-    from deploy.why import run
-
-    run(id_, settings(data=data), Console(), as_json)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from deploy.logs import Process
     from learner.config import LearnerConfig
     from serving.config import ServingConfig
+
+T = TypeVar("T")
 
 EXPECTED = {
     "feedback.config.SettingError": Exit.SETTING,
@@ -63,6 +65,13 @@ def exit_code_of(error: Exception) -> int | None:
 
 def complain(message: str, colour: str) -> None:
     Console(stderr=True).print(f"[{colour}]heed:[/{colour}] {escape(message)}", soft_wrap=True, highlight=False)
+
+
+def shown_on(console: Console, doing: str, things: Iterable[T], count: int) -> Iterable[T]:
+    """The things, with a bar of how many were taken, where the console is a terminal."""
+    from rich.progress import track
+
+    return track(things, doing, count, console=console, transient=True, disable=not console.is_terminal)
 
 
 def settings(*, warn: bool = True, **flags: object) -> LearnerConfig:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.markup import escape
 
-from deploy.door import NotDone, complain
+from deploy.door import NotDone, complain, shown_on
 from deploy.known import reading
 from deploy.rows import NEEDS_PYARROW, SUFFIXES
 from feedback.events import Exchange, Message
@@ -64,7 +64,10 @@ def run(plan: Plan, config: LearnerConfig, console: Console, as_json: bool) -> N
         else:
             folder = plan.out or Path("heed-export")
             files = {shape: folder / f"{shape}.{kind}" for shape in SHAPES}
-        written = {shape: _write(path, kind, shape, _rows(db, shape, plan), plan.text) for shape, path in files.items()}
+        written = {}
+        for shape, path in files.items():
+            rows = shown_on(console, shape, _rows(db, shape, plan), _most(db, shape))
+            written[shape] = _write(path, kind, shape, rows, plan.text)
         left = _left_out(db, plan) if plan.kind is None else {}
     if as_json:
         print(json.dumps({"files": {str(files[s]): n for s, n in written.items()}, "left_out": left}))
@@ -88,6 +91,13 @@ def _format(plan: Plan) -> str:
     if kind == "parquet" and plan.kind is not None and plan.out is None:
         raise NotDone("Parquet cannot be written to standard output: name a file with --out.")
     return kind
+
+
+def _most(db: sqlite3.Connection, shape: str) -> int:
+    """How many rows a shape has at most."""
+    if shape == "exchanges":
+        return int(db.execute("SELECT count(*) FROM exchanges").fetchone()[0])
+    return int(db.execute("SELECT count(*) FROM feedback WHERE kind = ?", (KINDS[shape],)).fetchone()[0])
 
 
 def _rows(db: sqlite3.Connection, shape: str, plan: Plan) -> Iterator[Json]:

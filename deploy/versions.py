@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def show(store: AdapterStore, version: int) -> Json:
     return {**manifest, "version": name(version), "roles": _roles(version, release), "changes": changes}
 
 
-def verify(store: AdapterStore, versions: list[int], base: Base) -> dict[str, str]:
+def verify(store: AdapterStore, versions: Iterable[int], base: Base) -> dict[str, str]:
     """Version → what is wrong with it; "" for one that could be served on this base."""
     problems = {}
     for version in versions:

@@ -37,8 +37,6 @@ class Crowd:
     size: int = 4
     every_s: float = 0.0
     """Seconds from one exchange of a person to the next; who was kept waiting makes up for it."""
-    said_before: int = 0
-    """What each has said already, to another server maybe: the names of their feedback go on from there."""
     ids: bool = True
     """Whether feedback names an id, by which it counts once however often it is sent."""
     leaving: threading.Event = field(default_factory=threading.Event, repr=False)
@@ -102,7 +100,7 @@ class Crowd:
                 thumb: dict[str, Any] = {"kind": "thumb", "value": chance.choice(["up", "down"])}
                 opinion = chance.choice([rating, thumb])
                 named = {"reply_id": reply.body["id"], "user": f"user-{number}"}
-                own = {"id": f"{number}-{self.said_before + said}"} if self.ids else {}
+                own = {"id": f"{number}-{said}"} if self.ids else {}
                 self.rate(http, reply, opinion, named | own)
 
     def rate(self, http: httpx.Client, reply: _Answer, opinion: dict[str, Any], named: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ from serving.adapters import AdapterStore, BadAdapter, Base
 from serving.exits import Exit
 from serving.lora import AdapterWeights
 from tests.commands import Done, Heed
+from tests.served import Served
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("up", "serve", "learn", "chat", "simulate", "adapters", "feedback", "bench", "pretrain", "check", "backup")
 ADAPTERS = ("list", "show", "promote", "rollback", "verify", "import")
 FEEDBACK = ("import", "export", "why")
@@ -109,6 +112,46 @@ def test_every_command_explains_itself(command: tuple[str, ...], heed: Heed):
     done = heed(*command, "--help")
     assert done.code == 0
     assert f"heed {' '.join(command)}".replace("heed ", "", 1) in done.out
+
+
+# completion
+
+
+def offered(words: str, *, shell: str = "bash", cwd: Path, **variables: str) -> list[str]:
+    """What a shell is offered for the last of the words. It must come without torch, and say nothing else."""
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1), "_TYPER_COMPLETE_ARGS": words}
+    fish = {"_TYPER_COMPLETE_FISH_ACTION": "get-args", "_TYPER_COMPLETE_WORD_TO_COMPLETE": words.rpartition(" ")[2]}
+    script = "import sys; sys.argv = ['heed']\nfrom deploy.cli import main\ntry:\n    main()\nfinally:\n"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("HEED_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script + "    assert 'torch' not in sys.modules"],
+        cwd=cwd,
+        env={**environ, "PYTHONPATH": str(ROOT), "_HEED_COMPLETE": f"complete_{shell}", **asked, **fish, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_a_shell_is_offered_verbs_flags_and_values(base: Base, store: AdapterStore, tmp_path: Path):
+    store.publish(weights(base), parent=0, base=base)
+    elsewhere = AdapterStore(tmp_path / "elsewhere" / "adapters", "default")
+    elsewhere.publish(weights(base), parent=0, base=base)
+    elsewhere.publish(weights(base), parent=0, base=base)
+    assert offered("heed ad", cwd=tmp_path) == ["adapters"]
+    assert offered("heed adapters promote v", cwd=tmp_path) == ["v1", "v0"]
+    assert offered("heed adapters promote --data elsewhere v", cwd=tmp_path) == ["v2", "v1", "v0"]
+    assert offered("heed simulate --rater emoji+sh", cwd=tmp_path) == ["emoji+short"]
+    assert offered("heed simulate --kinds thumb,r", cwd=tmp_path) == ["thumb,rating"]
+    assert offered("heed adapters show v", cwd=tmp_path, HEED_PORT="many") == []  # no traceback in a command line
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_every_shell_can_complete(shell: str, tmp_path: Path):
+    assert any("reinforce" in word for word in offered("heed bench learn --objective rei", shell=shell, cwd=tmp_path))
 
 
 def test_version(heed: Heed):
@@ -228,6 +271,14 @@ def test_a_fault_is_one_line_on_standard_error(arguments: tuple[str, ...], words
     assert "Traceback" not in done.err
 
 
+def test_who_has_no_login_name_is_asked_for_one(heed: Heed, monkeypatch: pytest.MonkeyPatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as in a container that runs as a number
+    done = heed("chat", "--url", "http://127.0.0.1:9")
+    assert (done.code, done.err) == (1, "heed: your user has no login name here: say who you are with --user.\n")
+
+
 # adapters
 
 
@@ -283,6 +334,17 @@ def test_adapters_are_listed_shown_promoted_and_rolled_back_without_a_server(
     assert run("promote", "v1").strip() == "default serves v1 already"
     assert json.loads(run("promote", "v0", "--json")) == {"current": "v0", "before": "v1", "generation": 4}
     assert store.release().current == 0
+
+
+def test_a_running_server_follows_what_is_promoted_and_rolled_back_by_hand(
+    serve_with: Callable[..., Served], heed: Heed, model_folder: Path, tmp_path: Path
+):
+    server = serve_with(data=tmp_path / "heed-data")
+    server.publish(promote=False)
+    assert heed("adapters", "promote", "v1", HEED_MODEL=str(model_folder)).code == 0
+    server.until(lambda: server.chat().json()["model"] == "default@v1")
+    assert heed("adapters", "rollback").code == 0
+    server.until(lambda: server.chat().json()["model"] == "default@v0")
 
 
 def test_a_version_that_does_not_fit_is_neither_verified_nor_promoted(
