@@ -31,6 +31,7 @@ HOLD_S = 3.5, 5.0
 NOTHING_IS_TAKEN = {"server killed", "disk full"}
 LONG = pytest.param(600.0, 15.0, marks=pytest.mark.soak, id="long")
 SHORT = pytest.param(40.0, 5.5, id="short")
+SHORTER = pytest.param(20.0, 5.5, id="short")
 
 
 @pytest.mark.timeout(1800)
@@ -45,7 +46,7 @@ def test_every_202_counts_once_with_kafka_and_redis(tmp_path: Path, model_folder
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("seconds", "every_s"), [SHORT, LONG])
+@pytest.mark.parametrize(("seconds", "every_s"), [SHORTER, LONG])
 def test_every_202_counts_once_in_one_folder(tmp_path: Path, model_folder: Path, seconds: float, every_s: float):
     with embedded(tmp_path, model_folder) as world:
         crowd = survives(world, seconds, every_s)
