@@ -80,11 +80,12 @@ def by_role(opinion: Callable[[int], str]) -> list[Query]:
 
 
 def feedback() -> list[Panel]:
-    joined = 'sum(delta(heed_feedback_fates{fate=~"joined|superseded"}[$window]))'
-    arrived = (
-        '(sum(delta(heed_feedback_fates{fate=~"joined|superseded|pending"}[$window]))'
-        ' + sum(delta(heed_feedback_dropped_total{reason="no_exchange"}[$window])))'
+    # not by what has joined, which falls where the state keeps things for a time; the most, for learners may read one log
+    apart = (
+        'max(delta(heed_feedback_fates{fate="pending"}[$window])'
+        ' + on (job, instance) delta(heed_feedback_dropped_total{reason="no_exchange"}[$window]))'
     )
+    accepted = seen('heed_feedback_total{outcome="accepted"}')
     return [
         lines(
             "Feedback by kind",
@@ -97,11 +98,11 @@ def feedback() -> list[Panel]:
         ),
         lines(
             "Join rate",
-            "Of the feedback that reached the learner within the window, the share that met its exchange.",
-            "1, or near it.",
+            "Of the feedback accepted within the window, the share that does not wait for its exchange.",
+            "1, or near it; above it while what had waited before is joined.",
             "below 0.9: exchanges are not kept (`store: false`, a full outbox), or they come late.",
             "percentunit",
-            [Query(share(joined, arrived), "joined")],
+            [Query(f"1 - {share(apart, accepted)}", "joined")],
             top=1,
         ),
         lines(
