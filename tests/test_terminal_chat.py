@@ -1,4 +1,4 @@
-"""`heed chat`, `heed simulate` and `heed check` against a real server: what people type reaches the log."""
+"""`heed chat` and `heed simulate` against a real server: what people type reaches the log."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ import pytest
 from rich.console import Console
 
 from deploy.chat import chat, harmless
-from deploy.check import guarded
-from deploy.check import keys as look_at_keys
-from deploy.check import server as look_at_server
 from deploy.client import Refused
 from deploy.door import server as address_and_key
 from deploy.simulate import Plan, Tally, cast_of, simulate
 from feedback.config import SettingError
 from feedback.events import Feedback
-from learner.config import LearnerConfig
-from serving.config import ServingConfig
 from serving.model import find_model
 from tests.served import Served
 
@@ -141,21 +136,6 @@ def test_the_key_comes_from_the_flag_or_the_settings(monkeypatch: pytest.MonkeyP
     with pytest.raises(SettingError, match=r"^--api-key=\(hidden\): must be") as refused:
         address_and_key("far.example", "two words")
     assert "two words" not in str(refused.value)
-
-
-def test_check_reads_the_keys(keys: Path):
-    config = LearnerConfig(serving=ServingConfig(api_keys_file=keys))
-    assert [(found.verdict, found.says) for found in look_at_keys(config)] == [("ok", f"{keys}: web")]
-    keys.write_text("[web]\n")
-    [found] = guarded("keys", lambda: look_at_keys(config))
-    assert (found.verdict, "sha256 must be" in found.says) == ("fail", True)
-
-
-def test_check_sees_a_server_that_is_ready(server: Served):
-    port = int(server.url.rpartition(":")[2])
-    config = LearnerConfig(serving=ServingConfig(port=port))
-    assert look_at_server(config).verdict == "ok"
-    assert look_at_server(config).says == f"ready at {server.url}"
 
 
 def test_a_reply_cannot_play_with_the_terminal():
