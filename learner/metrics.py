@@ -38,7 +38,11 @@ _FRESHNESS_BUCKETS = (
 
 
 class LearnerMetrics:
-    """Every metric of the learner, in a registry of its own, with every label set from the start. Safe from any thread."""
+    """Every metric of the learner, in a registry of its own. Safe from any thread.
+
+    Every label set is there from the start, but of what the state file counts: of that as soon as the file was read. Zeros
+    before would make each restart look like a rise by all that there ever was.
+    """
 
     def __init__(self, kl_limit: float = 0.0) -> None:
         """`kl_limit`: the setting, nats a reply."""
@@ -90,8 +94,6 @@ class LearnerMetrics:
             self.seconds.labels(phase)
         for check, verdict in itertools.product(CHECKS, VERDICTS):
             self.checks.labels(check, verdict)
-        for fate in FATES:
-            self.fates.labels(fate)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
@@ -102,12 +104,12 @@ class _Totals:
     """A counter whose totals live in the state file, so that a restart does not set them back."""
 
     def __init__(self, name: str, text: str, label: str, values: Sequence[str]) -> None:
-        self.name, self.text, self.label = name, text, label
-        self.totals = dict.fromkeys(values, 0)
+        self.name, self.text, self.label, self.values = name, text, label, values
+        self.totals: dict[str, int] = {}
 
     def reach(self, totals: Mapping[str, int]) -> None:
         """Never back: what was given up may still be joined, and a counter that falls reads as one that began anew."""
-        self.totals = {value: max(total, totals.get(value, 0)) for value, total in self.totals.items()}
+        self.totals = {value: max(self.totals.get(value, 0), totals.get(value, 0)) for value in self.values}
 
     def collect(self) -> Iterable[Metric]:
         family = CounterMetricFamily(self.name, self.text, labels=[self.label])

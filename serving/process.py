@@ -282,8 +282,7 @@ def _traces(config: ServingConfig) -> Traces | None:
     try:
         from serving.traces import Traces, exporting
     except ImportError:
-        missing = f"HEED_TRACES={config.traces}: needs OpenTelemetry: pip install 'heed[otel]'"
-        raise CannotStart(Exit.SETTING, missing) from None
+        raise CannotStart(Exit.SETTING, "HEED_TRACES needs OpenTelemetry: pip install 'heed[otel]'") from None
     return Traces(config, exporting(config.traces))
 
 

@@ -32,7 +32,7 @@ def settings() -> str:
 
 
 def metrics() -> str:
-    """Each process's families with their labels and the values that are there from the first scrape."""
+    """Each process's families with their labels and the values that are always there."""
     told = []
     for process, registry in registries().items():
         told += [f"\n## Of the {process}\n", "| metric | type | labels | what it is |", "|---|---|---|---|"]
@@ -43,11 +43,13 @@ def metrics() -> str:
 
 
 def registries() -> dict[str, CollectorRegistry]:
-    """What each process exports, as it has just started."""
+    """What each process exports when nothing has happened yet."""
     server, vllm, now = Metrics("default"), CollectorRegistry(), Now(True, 0, 0, 0, 0, 0.0, {0: "base"})
     server.watch(lambda: now)
     vllm.register(VllmMetrics(server, lambda: now))
-    return {"server": server.registry, "server, by HEED_VLLM_METRICS": vllm, "learner": LearnerMetrics().registry}
+    learner = LearnerMetrics()
+    learner.count({"dropped": {}, "new": 0, "by_status": {}, "duplicates": 0, "late": 0})
+    return {"server": server.registry, "server, by HEED_VLLM_METRICS": vllm, "learner": learner.registry}
 
 
 def labels(samples: Iterable[Any]) -> str:

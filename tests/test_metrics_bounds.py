@@ -115,8 +115,9 @@ def test_a_status_or_a_route_that_nobody_foresaw_is_told_as_other():
 
 def test_ten_thousand_users_and_two_hundred_versions_are_no_more_time_series_to_a_learner(tmp_path: Path):
     metrics = LearnerMetrics()
-    before = series(metrics.registry)
     with contextlib.closing(State(tmp_path / "state.db", policy=POLICY, base=BASE)) as state:
+        metrics.count(feedback_counts(state))
+        before = series(metrics.registry)
         served = [exchange(f"r{version}", version=version) for version in range(VERSIONS)]
         state.absorb(records(*served), NOW)
         said = [feedback(f"f{user}", f"r{user % VERSIONS}", user=f"user {user}") for user in range(USERS)]

@@ -90,6 +90,13 @@ def test_each_alert_is_explained_under_its_name():
         assert all(f"\n**{heading}**" in part for heading in ("It means", "Look at", "Do")), part
 
 
+def test_what_heed_check_looks_at_is_told_by_name():
+    said = "\n".join(path.read_text("utf-8") for path in (ROOT / "deploy").glob("check*.py"))
+    there = set(re.findall(r'(?:Finding|_folder)\(\s*"(\w+)"', said))
+    table = OPERATIONS.partition("| name | is well when |\n")[2].partition("\n\n")[0]
+    assert set(inline(table)) - {"HEED_*"} == there
+
+
 def test_panels_that_are_named_are_on_a_dashboard():
     boards = [path.read_text("utf-8") for path in (ROOT / "deploy" / "grafana").glob("*.json")]
     there = {title for board in boards for title in re.findall(r'^ +"title": "(.+)",?$', board, re.MULTILINE)}

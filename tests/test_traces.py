@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from deploy.logs import formatter
-from feedback.config import FeedbackConfig, KafkaConfig
+from feedback.config import FeedbackConfig, KafkaConfig, differing
 from feedback.events import EXCHANGES, FEEDBACK
 from feedback.outbox import Outbox
 from serving import traces
@@ -306,10 +306,10 @@ def test_wanted_and_not_installed_is_said_at_start_with_what_to_install(
 ):
     monkeypatch.delitem(sys.modules, "serving.traces")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # as where the extra is not installed
-    config = ServingConfig(traces="http://collector:4318", feedback=FeedbackConfig(data=tmp_path / "data"))
+    config = ServingConfig(traces="http://us:secret@collector:4318", feedback=FeedbackConfig(data=tmp_path / "data"))
     assert serve(config) == Exit.SETTING
-    needs = "heed: HEED_TRACES=http://collector:4318: needs OpenTelemetry: pip install 'heed[otel]'\n"
-    assert capsys.readouterr().err == needs
+    assert capsys.readouterr().err == "heed: HEED_TRACES needs OpenTelemetry: pip install 'heed[otel]'\n"
+    assert "secret" not in f"{config!r} {differing(config)}"
 
 
 def test_nothing_of_it_is_imported_until_it_is_wanted():

@@ -33,7 +33,8 @@ def opinions() -> list[Panel]:
         rows(
             "The current version beside the one before and the base (v0)",
             "Of thumbs and ratings within the window, for each version of which anything was said: the share liked (thumb up, 4 "
-            "or 5 stars) and the mean stars, each with the bounds of its 95% confidence interval and how many were counted.",
+            "or 5 stars) and the mean stars, each with the bounds of its 95% confidence interval and how many were counted. Not "
+            "among them is what was said in the minute of a swap, or of a version no longer loaded: GET /v1/policy counts all.",
             "the current version's `at least` is above the `at most` of the others: it is surely better.",
             "its `at most` is below their `at least`: roll it back (`heed adapters rollback`). Where intervals overlap, "
             "nobody knows yet: wait, or take a longer window.",
@@ -80,11 +81,12 @@ def by_role(opinion: Callable[[int], str]) -> list[Query]:
 
 
 def feedback() -> list[Panel]:
-    joined = 'sum(delta(heed_feedback_fates{fate=~"joined|superseded"}[$window]))'
-    arrived = (
-        '(sum(delta(heed_feedback_fates{fate=~"joined|superseded|pending"}[$window]))'
-        ' + sum(delta(heed_feedback_dropped_total{reason="no_exchange"}[$window])))'
+    # not by what has joined, which falls where the state keeps things for a time; the most, for learners may read one log
+    apart = (
+        'max(delta(heed_feedback_fates{fate="pending"}[$window])'
+        ' + on (job, instance) delta(heed_feedback_dropped_total{reason="no_exchange"}[$window]))'
     )
+    accepted = seen('heed_feedback_total{outcome="accepted"}')
     return [
         lines(
             "Feedback by kind",
@@ -97,11 +99,11 @@ def feedback() -> list[Panel]:
         ),
         lines(
             "Join rate",
-            "Of the feedback that reached the learner within the window, the share that met its exchange.",
-            "1, or near it.",
+            "Of the feedback accepted within the window, the share that does not wait for its exchange.",
+            "1, or near it; above it while what had waited before is joined.",
             "below 0.9: exchanges are not kept (`store: false`, a full outbox), or they come late.",
             "percentunit",
-            [Query(share(joined, arrived), "joined")],
+            [Query(f"1 - {share(apart, accepted)}", "joined")],
             top=1,
         ),
         lines(

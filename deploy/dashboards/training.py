@@ -24,8 +24,8 @@ def reward_model() -> list[Panel]:
         lines(
             "Calibration error",
             "Mean distance between the foretold and the seen share of thumbs up.",
-            "below 0.1.",
-            "above 0.2: the scores order replies, but their size means little.",
+            "below 0.05.",
+            "above 0.15: the scores order replies, but their size means little.",
             "percentunit",
             [Query("heed_reward_calibration_error", "error")],
         ),
@@ -55,7 +55,7 @@ def reward_model() -> list[Panel]:
         lines(
             "Signs of gaming",
             "Correlation of the score with the reply's length, and of two members of the ensemble with each other.",
-            "length near 0, agreement near 1.",
+            "length near 0, agreement above 0.8.",
             "length above 0.5: it likes long replies, whatever they say. Agreement below 0.5: what it has learned is chance.",
             "none",
             [
