@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from deploy import check
+from deploy import check, check_settings
+from deploy.finding import Seen
 from feedback.config import FeedbackConfig, SettingError
 from learner import probes, process
 from learner.config import LearnerConfig
@@ -163,11 +165,12 @@ def test_a_wrong_file_is_told_before_anything_is_opened_and_by_heed_check(tmp_pa
     with pytest.raises(SettingError, match="line 3"):
         process.learn(config, until_idle=True)
     assert not (tmp_path / "data").exists()
-    [finding] = check.guarded("probes", lambda: check.probes(config))
+    look = partial(check_settings.probes, Seen(config))
+    [finding] = check.guarded("probes", look)
     assert (finding.verdict, finding.name) == ("fail", "probes")
     assert "line 3: [a] must: '(' is no regular expression" in finding.says
     path.write_text(GOOD, "utf-8")
-    [finding] = check.guarded("probes", lambda: check.probes(config))
+    [finding] = check.guarded("probes", look)
     assert (finding.verdict, finding.says) == ("ok", f"{path}: opening-hours, two turns")
 
 
