@@ -132,6 +132,7 @@ def _now(wiring: Wiring) -> Now:
         prefix_tokens=stats.prefix_tokens,
         kv_usage=stats.kv_used / stats.kv_capacity,
         loaded={version: role_of(version, release) for version in engine.loaded()},
+        previous=release.last_good,
         rows=stats.rows,
         slots=stats.slots,
         free_slots=stats.free_slots,

@@ -160,6 +160,8 @@ class Now:
     """Share of the key/value rows' room that is in use, 0 to 1."""
     loaded: Mapping[int, str]
     """Version → its role."""
+    previous: int = 0
+    """The version that was served before the current one, loaded or not."""
     rows: int = 0
     """Replies that can be generated at once."""
     slots: int = 0
@@ -198,8 +200,11 @@ class _Watch(Collector):
         prefix.add_metric(["no"], now.prompt_tokens)
         yield prefix
         info = GaugeMetricFamily(
-            "heed_version_info", "1 for each loaded version.", labels=["policy", "version", "role"]
+            "heed_version_info",
+            "1 for each loaded version; 0 for the one before the current, which people may judge still, once it is not.",
+            labels=["policy", "version", "role"],
         )
-        for version, role in sorted(now.loaded.items()):
-            info.add_metric([self._policy, f"v{version}", role], 1.0)
+        roles = {now.previous: "previous", **now.loaded} if now.previous else now.loaded
+        for version, role in sorted(roles.items()):
+            info.add_metric([self._policy, f"v{version}", role], float(version in now.loaded))
         yield info

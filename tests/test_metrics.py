@@ -122,6 +122,7 @@ def test_what_is_running_is_looked_at_when_it_is_asked_for():
             prefix_tokens=20,
             kv_usage=0.25,
             loaded={0: "base", 2: "current"},
+            previous=1,
             rows=32,
             slots=4,
             free_slots=3,
@@ -133,8 +134,9 @@ def test_what_is_running_is_looked_at_when_it_is_asked_for():
     assert metrics.registry.get_sample_value("heed_running_requests") == 3
     running[0] = 5
     assert metrics.registry.get_sample_value("heed_running_requests") == 5
-    labels = {"policy": "default", "version": "v2", "role": "current"}
-    assert metrics.registry.get_sample_value("heed_version_info", labels) == 1
+    for version, role, loaded in (("v2", "current", 1), ("v1", "previous", 0), ("v0", "base", 1)):
+        labels = {"policy": "default", "version": version, "role": role}
+        assert metrics.registry.get_sample_value("heed_version_info", labels) == loaded
 
 
 def test_a_scrape_shows_every_name_and_true_numbers(server: Served):

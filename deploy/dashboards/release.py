@@ -43,7 +43,7 @@ def versions() -> list[Panel]:
             "current (or base) on every server.",
             "servers that differ for more than seconds.",
             "short",
-            [Query('count by (role) (heed_version_info{policy="$policy"})', "{{role}}")],
+            [Query('sum by (role) (heed_version_info{policy="$policy"})', "{{role}}")],
             width=12,
         ),
     ]
