@@ -65,9 +65,9 @@ class Traces:
     @contextmanager
     def request(self, visit: Visit) -> Iterator[None]:
         """The span of a request; spans begun within are its children, and lines of the log name it."""
-        method = visit.scope["method"]
+        method = "HTTP" if visit.method == "_OTHER" else visit.method
         above = _propagator.extract(visit.headers, Context())
-        asked = {"http.request.method": method, "url.scheme": visit.scope["scheme"], "heed.request.id": visit.id}
+        asked = {"http.request.method": visit.method, "url.scheme": visit.scope["scheme"], "heed.request.id": visit.id}
         with self._tracer.start_as_current_span(
             method, above, SpanKind.SERVER, asked, record_exception=False, set_status_on_exception=False
         ) as span:

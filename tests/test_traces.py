@@ -164,6 +164,14 @@ def test_feedback_is_a_trace_too_and_what_machines_ask_again_and_again_is_none(t
     assert "MARKER" not in "".join(span.to_json() for span in spans.values())
 
 
+def test_a_word_that_is_no_method_names_no_span(traced: Callable[..., Seen]):
+    seen = traced()
+    assert seen.server.http.request(MARK, "/v1/models").status_code == 405
+    [(name, span)] = seen.spans(1).items()
+    assert (name, told(span)["http.request.method"]) == ("HTTP /v1/models", "_OTHER")
+    assert MARK not in span.to_json()
+
+
 def test_a_stream_that_nobody_reads_to_its_end_ends_its_spans(traced: Callable[..., Seen]):
     seen = traced()
     body = {"model": "default", "messages": [{"role": "user", "content": "hello"}], "n": 4}
