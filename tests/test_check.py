@@ -352,6 +352,25 @@ def test_a_server_that_is_stuck(checked: Checked):
     assert "did not answer within 2 s" in one(found, "server")[1]
 
 
+class Trickles(NotHeed):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        with contextlib.suppress(OSError):
+            while True:
+                self.send_header("x-more", "to come")
+                self.flush_headers()
+                time.sleep(0.1)
+
+
+def test_a_stranger_whose_answer_never_ends(checked: Checked):
+    with HTTPServer(("127.0.0.1", 0), Trickles) as other:
+        threading.Thread(target=other.serve_forever).start()
+        code, found = checked(HEED_PORT=str(other.server_port))
+        other.shutdown()
+    assert (code, one(found, "server")[0]) == (1, "fail")
+    assert "did not answer within 2 s" in one(found, "server")[1]
+
+
 def test_a_server_of_another_data_folder_loading_or_with_keys(
     checked: Checked, serve_with: Callable[..., Served], tmp_path: Path
 ):
