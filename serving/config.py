@@ -98,6 +98,7 @@ class ServingConfig(Settings):
     traces: str | None = Field(
         None,
         pattern=r"^https?://[^\s/]+(/\S*)?$",
+        repr=False,
         description="where the server's traces go, by OTLP over HTTP: `http://collector:4318`, or with another path than "
         "/v1/traces (`pip install 'heed[otel]'`; sampling, headers and names: OTEL_*); none: nothing is traced",
     )

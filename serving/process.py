@@ -282,7 +282,7 @@ def _traces(config: ServingConfig) -> Traces | None:
     try:
         from serving.traces import Traces, exporting
     except ImportError:
-        missing = f"HEED_TRACES={config.traces}: needs OpenTelemetry: pip install 'heed[otel]'"
+        missing = "HEED_TRACES needs OpenTelemetry: pip install 'heed[otel]'"
         raise CannotStart(Exit.SETTING, missing) from None
     return Traces(config, exporting(config.traces))
 

@@ -130,10 +130,11 @@ def test_beside_a_server_it_changes_nothing_and_loads_no_weights(
 
 def test_what_is_set_here_is_said_but_no_secret(checked: Checked, tmp_path: Path):
     (tmp_path / "heed.toml").write_text("max_rows = 7\n")
-    _, found = checked(HEED_PROT="1", HEED_SECRET=SECRET)
+    _, found = checked(HEED_PROT="1", HEED_SECRET=SECRET, HEED_TRACES="http://user:password@collector:4318")
     (ok, words), stranger = found["settings"]
     assert ok == "ok"
     assert {"HEED_PORT=9", "HEED_MAX_ROWS=7", "HEED_SECRET=(hidden)"} <= set(words.partition(" (")[0].split(", "))
+    assert "password" not in words
     assert f"with {tmp_path / 'heed.toml'}" in words
     assert stranger == ("warn", "HEED_PROT is not a setting of Heed and is ignored; did you mean HEED_PORT?")
 

@@ -172,6 +172,17 @@ def test_a_word_that_is_no_method_names_no_span(traced: Callable[..., Seen]):
     assert MARK not in span.to_json()
 
 
+@pytest.mark.parametrize("header", ["traceparent", "tracestate"])
+def test_what_is_no_trace_of_a_clients_is_passed_over_without_a_word(
+    header: str, traced: Callable[..., Seen], caplog: pytest.LogCaptureFixture
+):
+    seen = traced()
+    sent = {"traceparent": f"00-{TRACE}-{CALLER}-01", header: f"{MARK}=" + "x" * 600}
+    assert seen.server.http.get("/v1/models", headers=sent).status_code == 200
+    [span] = seen.spans(1).values()
+    assert MARK not in span.to_json() + caplog.text
+
+
 def test_a_stream_that_nobody_reads_to_its_end_ends_its_spans(traced: Callable[..., Seen]):
     seen = traced()
     body = {"model": "default", "messages": [{"role": "user", "content": "hello"}], "n": 4}
@@ -316,7 +327,7 @@ def test_wanted_and_not_installed_is_said_at_start_with_what_to_install(
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # as where the extra is not installed
     config = ServingConfig(traces="http://collector:4318", feedback=FeedbackConfig(data=tmp_path / "data"))
     assert serve(config) == Exit.SETTING
-    needs = "heed: HEED_TRACES=http://collector:4318: needs OpenTelemetry: pip install 'heed[otel]'\n"
+    needs = "heed: HEED_TRACES needs OpenTelemetry: pip install 'heed[otel]'\n"
     assert capsys.readouterr().err == needs
 
 
