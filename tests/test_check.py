@@ -258,6 +258,15 @@ def test_a_damaged_log(checked: Checked, data: Path):
     assert (code, one(found, "log")[0]) == (1, "fail")
 
 
+def test_a_damaged_state_is_told_once_and_not_as_the_models_fault(checked: Checked, data: Path):
+    (data / "learner").mkdir(parents=True)
+    (data / "learner" / "state.db").write_bytes(b"no database" * 1000)
+    code, found = checked()
+    failed = [name for name, told in found.items() for verdict, _ in told if verdict == "fail"]
+    assert (code, failed) == (1, ["reading"])
+    assert found["model"][0][0] == "ok"
+
+
 def test_a_kafka_that_is_dead_empty_or_does_not_answer(checked: Checked, data: Path, kafka: Broker):
     started = time.monotonic()
     dead = one(checked(HEED_KAFKA_BOOTSTRAP="127.0.0.1:9,127.0.0.1:10")[1], "log")
