@@ -9,6 +9,7 @@ by SQLite itself, each as it is at one moment; everything else was put in place 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -16,23 +17,28 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deploy.door import NotDone
-from feedback.events import RELEASES
+from feedback.events import FEEDBACK, RELEASES
 from feedback.sqlite_file import open_reading, sync_folder
 from learner.config import LearnerConfig
 
 BOARD = "board"
 """Never the truth: a damaged file of it is left out."""
-FIRST = ("learner/state.db", f"log/{RELEASES}.db", "learner", "adapters", BOARD, "outbox", "log")
-"""What is copied before the rest, in this order; a folder with all that is in it."""
+FIRST = ("learner/state.db", f"log/{RELEASES}.db", "learner", "adapters", BOARD, "outbox", f"log/{FEEDBACK}.db", "log")
+"""What is copied before the rest, in this order; a folder with all that is in it.
+
+Feedback comes before the exchanges, so that each finds the one that it is about.
+"""
 LEFT_OUT = (".lock", ".tmp", ".new", "-wal", "-shm", "-journal")
 """Endings of what belongs to a running process, or to a database that is copied."""
+DRAFT = ".heed-backup.tmp"
+"""How the name of a copy that is not whole yet ends."""
 PAGES = 2000
 """Of a database, copied at a time: 8 MB."""
 
@@ -47,8 +53,10 @@ def run(out: Path, config: LearnerConfig, console: Console, as_json: bool) -> No
     started = time.monotonic()
     size = _check(data, adapters, out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    _sweep(out.parent)
+    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}{DRAFT}")
     draft.mkdir(mode=0o700)  # it will hold what people said, and the secret
+    held = _hold(draft)
     try:
         if size > (free := shutil.disk_usage(draft).free):
             raise NotDone(f"{size / 1e6:,.0f} MB are to be copied, and {out.parent} has {free / 1e6:,.0f} MB free.")
@@ -56,6 +64,7 @@ def run(out: Path, config: LearnerConfig, console: Console, as_json: bool) -> No
         draft.rename(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        os.close(held)
     sync_folder(out.parent)
     seconds, kafka = time.monotonic() - started, config.serving.feedback.kafka.kafka_bootstrap is not None
     if as_json:
@@ -74,7 +83,7 @@ def _check(data: Path, adapters: Path, out: Path) -> int:
         raise NotDone(f"there is no data folder {data}: name it with --data or HEED_DATA.")
     if out.exists():
         raise NotDone(f"{out} is there already, and a backup replaces nothing: name a new folder.")
-    if out.is_relative_to(data) or out.is_relative_to(adapters):
+    if any(out.resolve().is_relative_to(folder.resolve()) for folder in (data, adapters)):
         raise NotDone(f"{out} lies in what it is to be a copy of: name a folder elsewhere.")
     return sum(_size(path) for path, _ in _files(data, adapters))
 
@@ -84,21 +93,25 @@ def _files(data: Path, adapters: Path) -> Iterator[tuple[Path, Path]]:
     done = set[Path]()
     for name in (*FIRST, ""):
         where = adapters if name == "adapters" else data / name
-        for path in [where] if where.is_file() else _walk(where):
+        for path in [where] if where.is_file() else _walk(where, links=bool(name)):
             place = Path(name) / path.relative_to(where)
             if place not in done and (name or place.parts[0] != "adapters"):  # which may lie elsewhere
                 done.add(place)
                 yield path, place
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files of a folder, then those of its folders, so that a release comes before the versions that it names."""
+def _walk(folder: Path, *, links: bool, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The files of a folder, then those of its folders, so that a release comes before the versions that it names.
+
+    A file that is a link to another disk, or to a mounted secret, is copied as what it leads to; so is a folder, if `links`.
+    """
     for path in _entries(folder):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file():
             yield path
+    within = above | {folder.resolve()}
     for path in _entries(folder):
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
+        if path.is_dir() and (links or not path.is_symlink()) and path.resolve() not in within:
+            yield from _walk(path, links=links, above=within)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -120,8 +133,11 @@ def _copy(data: Path, adapters: Path, draft: Path, console: Console, size: int) 
             if _copy_file(path, target, lambda: bar.update(task)):
                 copied += _size(target)
                 bar.update(task, completed=copied)
-        for folder, _, _ in os.walk(draft):
-            sync_folder(Path(folder))
+        for name, _, _ in os.walk(draft):
+            folder = Path(name)
+            first, *below = (*folder.relative_to(draft).parts, "")
+            _own_alike((adapters if first == "adapters" else data / first).joinpath(*below), folder)
+            sync_folder(folder)
     return copied
 
 
@@ -158,11 +174,37 @@ def _copy_database(path: Path, target: Path, went_on: Callable[[], None]) -> Non
 
 
 def _make_alike(path: Path, target: Path) -> None:
-    """Mode, times and, where we may, the owner: a server that is not root must be able to use what root restores."""
+    """Mode, times and owner."""
     shutil.copystat(path, target)
+    _own_alike(path, target)
+
+
+def _own_alike(path: Path, target: Path) -> None:
+    """Where we may, the same owner: a server that is not root must be able to use what root restores."""
     if os.geteuid() == 0:
-        found = path.stat()
-        os.chown(target, found.st_uid, found.st_gid)
+        with suppress(FileNotFoundError):  # a version's folder, deleted by now
+            found = path.stat()
+            os.chown(target, found.st_uid, found.st_gid)
+
+
+def _hold(draft: Path) -> int:
+    """Lock a draft for as long as this process lives, where the disk has locks; returns what to close."""
+    handle = os.open(draft, os.O_RDONLY)
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what backups that were killed have left here: it is large, and holds what people said."""
+    for draft in folder.glob(f".*{DRAFT}"):
+        with suppress(OSError):  # another backup is at work on it, or it is not ours to delete
+            handle = os.open(draft, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(draft)
+            finally:
+                os.close(handle)
 
 
 def _size(path: Path) -> int:

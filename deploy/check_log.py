@@ -130,10 +130,12 @@ def redis(seen: Seen) -> Iterator[Finding]:
 def reading(seen: Seen) -> Iterator[Finding]:
     """How far the learner has read, and whether that is this log at all."""
     config = seen.config
-    if not known.state_path(config).exists() or not seen.ends:
+    if not known.state_path(config).exists():
         return
     with known.reading(config) as db:
         reached = dict(db.execute("SELECT partition, last FROM offsets"))
+    if not seen.ends:
+        return
     ends = [(partition, end) for topic in (EXCHANGES, FEEDBACK) for partition, end in seen.ends[topic].items()]
     if beyond := _beyond(ends, reached):
         do = "Put the right log back, or begin anew: heed learn --rebuild."

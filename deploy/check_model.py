@@ -7,11 +7,13 @@ import re
 import sqlite3
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy import known
+from deploy.door import NotDone
 from deploy.finding import Finding, Seen, Verdict
 from learner.config import LearnerConfig
 
@@ -177,7 +179,7 @@ def _bases(seen: Seen, here: str) -> Iterator[Finding]:
     if seen.newest is not None:
         others["the server that spoke last"] = seen.newest.base
     if known.state_path(config).exists():
-        with known.reading(config) as db:
+        with suppress(NotDone), known.reading(config) as db:  # where it cannot be read, that was said of the reading
             for (base,) in db.execute(
                 "SELECT base FROM learned_by WHERE policy = ?", (config.serving.feedback.policy,)
             ):

@@ -15,10 +15,9 @@ from typing import Any
 
 from deploy.client import bearing
 from deploy.finding import Finding, Seen
-from deploy.local import answers, reachable, url_of
+from deploy.local import ANSWER_S, answers, connected, url_of
 from learner.config import LearnerConfig
 
-ANSWER_S = 2.0
 SILENT_S = 120.0
 """A learner that reported nothing for so long is stuck, or away."""
 
@@ -76,15 +75,13 @@ def _policy(seen: Seen, policy: tuple[int, Json] | None) -> Iterator[Finding]:
 def _get(config: LearnerConfig, path: str) -> tuple[int, Json]:
     """Status and JSON object of a GET. Raises Stranger, TimeoutError, OSError, HTTPException."""
     serving = config.serving
-    connection = http.client.HTTPConnection(reachable(serving.host), serving.port, timeout=ANSWER_S)
     try:
-        connection.request("GET", path, headers=bearing(serving.admin_token or serving.api_key))
-        answer = connection.getresponse()
-        body = json.loads(answer.read())
+        with connected(serving.host, serving.port) as connection:
+            connection.request("GET", path, headers=bearing(serving.admin_token or serving.api_key))
+            answer = connection.getresponse()
+            body = json.loads(answer.read())
     except ValueError:
         raise Stranger from None
-    finally:
-        connection.close()
     if not isinstance(body, dict):
         raise Stranger
     return answer.status, body

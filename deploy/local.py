@@ -11,15 +11,19 @@ import asyncio
 import http.client
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 from serving.exits import Exit
 
 FINAL_EXITS = frozenset({Exit.SETTING, Exit.MODEL, Exit.PORT, Exit.HELD, Exit.DATA})
 """Exit codes of a child that say trying again is no use until someone has changed something."""
+ANSWER_S = 2.0
+"""How long a process on this machine may take to answer that it is well."""
 
 Say = Callable[[str, str], None]
 """Prints a line of a source: "server", "learner" or "heed"."""
@@ -194,15 +198,34 @@ def meaning(exit_code: int) -> str:
 
 
 def answers(host: str, port: int, path: str) -> bool:
-    """True when a GET is answered with 200 within 2 s. Goes to the address itself, whatever proxy is set."""
-    connection = http.client.HTTPConnection(reachable(host), port, timeout=2)
+    """True when a GET is answered with 200 within ANSWER_S. Goes to the address itself, whatever proxy is set."""
     try:
-        connection.request("GET", path)
-        return connection.getresponse().status == 200
+        with connected(host, port) as connection:
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
-    finally:
-        connection.close()
+
+
+@contextmanager
+def connected(host: str, port: int) -> Iterator[http.client.HTTPConnection]:
+    """A connection that is cut after ANSWER_S, though a byte comes now and then. Raises TimeoutError then, or OSError."""
+    deadline = time.monotonic() + ANSWER_S
+    with closing(http.client.HTTPConnection(reachable(host), port, timeout=ANSWER_S)) as connection:
+        connection.connect()
+        cut = threading.Timer(ANSWER_S, _cut, [connection.sock])
+        cut.start()
+        try:
+            yield connection
+        finally:
+            cut.cancel()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer within {ANSWER_S:g} s")
+
+
+def _cut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has ended by itself
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def reachable(host: str) -> str:

@@ -45,7 +45,8 @@ class Breaker:
         """It is there, and does not do what it was asked for: it is full, or forbids it."""
         self._is_there()
         if self._refused_at is None:
-            _log.warning("%s refuses what it is asked for (%s): going on without", self._name, error)
+            why = str(error).partition(", with args")[0]  # which quotes what it was to keep
+            _log.warning("%s refuses what it is asked for (%s): going on without", self._name, why)
         self._refused_at = self._clock()
 
     def failed(self, error: Exception) -> None:

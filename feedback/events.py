@@ -28,7 +28,7 @@ Source = Literal["served", "imported"]
 class Event(BaseModel):
     """What every event has: a schema number (a reader parks what is newer than it knows) and a time."""
 
-    model_config = ConfigDict(frozen=True, populate_by_name=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, populate_by_name=True, extra="ignore", hide_input_in_errors=True)
 
     schema_: int = Field(SCHEMA, alias="schema")
     at: float
@@ -41,7 +41,7 @@ class Event(BaseModel):
 class Message(BaseModel):
     """One message of a conversation, as the client sent it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str
@@ -50,7 +50,7 @@ class Message(BaseModel):
 class SamplingUsed(BaseModel):
     """How a reply was sampled: enough to sample it again."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
     temperature: float
     top_p: float
@@ -72,7 +72,7 @@ class SamplingUsed(BaseModel):
 class ExchangeContent(BaseModel):
     """What was said. Token ids are what the engine saw and sampled, never a re-tokenisation."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
     user: str | None
     messages: tuple[Message, ...]
@@ -119,7 +119,7 @@ class Exchange(Event):
 class FeedbackContent(BaseModel):
     """Who said it, and any words of theirs."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
     user: str | None = None
     text: str | None = None
@@ -155,7 +155,7 @@ class Retraction(Event):
 class ReleaseChange(BaseModel):
     """One entry of the release's history: who did what, and why."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
     generation: int
     at: float
@@ -187,7 +187,9 @@ class Release(BaseModel):
 
 
 LogEvent = Annotated[Exchange | Feedback | Retraction, Field(discriminator="type")]
-_EVENT: TypeAdapter[Exchange | Feedback | Retraction] = TypeAdapter(LogEvent)
+_EVENT: TypeAdapter[Exchange | Feedback | Retraction] = TypeAdapter(
+    LogEvent, config=ConfigDict(hide_input_in_errors=True)
+)
 
 
 class NewerSchema(ValueError):

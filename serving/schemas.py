@@ -32,7 +32,7 @@ Aspect = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 class Strict(BaseModel):
     """JSON taken at its word: no string becomes a number, no name is ignored."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def only(*neutral: object) -> BeforeValidator:

@@ -12,6 +12,7 @@ HEED_TRACE_CONTENT. This module is imported only where HEED_TRACES is set, for i
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ class Traces:
 
     def __init__(self, config: ServingConfig, processor: SpanProcessor) -> None:
         """`processor`: what becomes of spans that ended."""
+        # its warnings quote what a client sent as traceparent or tracestate, with each request
+        logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
         ours = {"service.name": "heed-server", "service.version": version("heed")}
         named = Resource(ours).merge(OTELResourceDetector().detect())  # what the environment says goes first
         self._provider = TracerProvider(resource=Resource.create(named.attributes), shutdown_on_exit=False)
@@ -65,9 +68,9 @@ class Traces:
     @contextmanager
     def request(self, visit: Visit) -> Iterator[None]:
         """The span of a request; spans begun within are its children, and lines of the log name it."""
-        method = visit.scope["method"]
+        method = "HTTP" if visit.method == "_OTHER" else visit.method
         above = _propagator.extract(visit.headers, Context())
-        asked = {"http.request.method": method, "url.scheme": visit.scope["scheme"], "heed.request.id": visit.id}
+        asked = {"http.request.method": visit.method, "url.scheme": visit.scope["scheme"], "heed.request.id": visit.id}
         with self._tracer.start_as_current_span(
             method, above, SpanKind.SERVER, asked, record_exception=False, set_status_on_exception=False
         ) as span:

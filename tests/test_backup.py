@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -172,3 +174,53 @@ def test_a_place_that_will_not_do_is_refused(out: str, words: str, tmp_path: Pat
     assert words in done.err
     assert heed("backup", "copy", "--data", "nowhere").err.startswith("heed: there is no data folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heed-data", "there"]
+
+
+def test_links_are_copied_as_what_they_lead_to_and_one_that_leads_back_up_ends_nothing(tmp_path: Path, heed: Heed):
+    """A mounted secret is a link; so is what was moved to a larger disk."""
+    (tmp_path / "far" / "default" / "v000001").mkdir(parents=True)
+    (tmp_path / "far" / "default" / "v000001" / "manifest.json").write_text("{}")
+    (tmp_path / "far" / "default" / "up").symlink_to("..")
+    (tmp_path / "mounted").write_text("of sixteen bytes and more")
+    real = tmp_path / "real"
+    (real / "adapters").mkdir(parents=True)
+    (real / "adapters" / "default").symlink_to(tmp_path / "far" / "default")
+    (real / "secret").symlink_to(tmp_path / "mounted")
+    (real / "backups").symlink_to(tmp_path)
+    (tmp_path / "heed-data").symlink_to(real)
+    assert heed("backup", "copy").code == 0
+    copy = contents(tmp_path / "copy")
+    assert copy.keys() >= {"secret", "adapters/default/v000001/manifest.json"}
+    assert copy["secret"] == contents(tmp_path)["mounted"]
+    assert not any("backups" in name for name in copy)
+    assert "lies in what it is to be a copy of" in heed("backup", real / "another").err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to others")
+def test_what_root_copies_of_another_users_folder_that_user_can_be_started_on(tmp_path: Path, heed: Heed):
+    for folder in ("heed-data/log", "shared/default/v000001"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "some.json").write_text("{}")
+    for path in (tmp_path / "heed-data", *(tmp_path / "heed-data").rglob("*"), *(tmp_path / "shared").rglob("*")):
+        os.chown(path, 4321, 4322)
+    assert heed("backup", "copy", HEED_ADAPTERS=str(tmp_path / "shared")).code == 0
+    copy = tmp_path / "copy"
+    owners = {
+        str(path.relative_to(copy)): (path.stat().st_uid, path.stat().st_gid) for path in (copy, *copy.rglob("*"))
+    }
+    assert owners.pop("adapters") == (0, 0)
+    assert owners.keys() > {".", "log", "adapters/default/v000001"}
+    assert set(owners.values()) == {(4321, 4322)}
+
+
+def test_what_a_killed_backup_left_is_deleted_by_the_next_and_what_one_is_at_work_on_is_not(tmp_path: Path, heed: Heed):
+    (tmp_path / "heed-data").mkdir()
+    left, live = (tmp_path / f".{name}.heed-backup.tmp" for name in ("left", "live"))
+    for draft in (left, live):
+        draft.mkdir()
+        (draft / "secret").write_text("of sixteen bytes and more")
+    held = os.open(live, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert heed("backup", "copy").code == 0
+    os.close(held)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [live.name, "copy", "heed-data"]

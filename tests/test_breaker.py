@@ -91,6 +91,11 @@ def test_one_that_refuses_is_asked_on_and_is_well_once_it_keeps_things_again(
     assert caplog.messages[1:] == ["It refuses nothing any more"]
 
 
+def test_what_it_was_to_keep_is_in_no_line(breaker: Breaker, caplog: pytest.LogCaptureFixture) -> None:
+    breaker.refused(ValueError("unknown command 'SET', with args beginning with: 'a key' 'what a person said' "))
+    assert caplog.messages == ["It refuses what it is asked for (unknown command 'SET'): going on without"]
+
+
 def test_an_answer_to_what_was_asked_before_it_went_does_not_bring_it_back(
     breaker: Breaker, clock: Clock, caplog: pytest.LogCaptureFixture
 ):

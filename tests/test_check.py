@@ -130,10 +130,11 @@ def test_beside_a_server_it_changes_nothing_and_loads_no_weights(
 
 def test_what_is_set_here_is_said_but_no_secret(checked: Checked, tmp_path: Path):
     (tmp_path / "heed.toml").write_text("max_rows = 7\n")
-    _, found = checked(HEED_PROT="1", HEED_SECRET=SECRET)
+    _, found = checked(HEED_PROT="1", HEED_SECRET=SECRET, HEED_TRACES="http://user:password@collector:4318")
     (ok, words), stranger = found["settings"]
     assert ok == "ok"
     assert {"HEED_PORT=9", "HEED_MAX_ROWS=7", "HEED_SECRET=(hidden)"} <= set(words.partition(" (")[0].split(", "))
+    assert "password" not in words
     assert f"with {tmp_path / 'heed.toml'}" in words
     assert stranger == ("warn", "HEED_PROT is not a setting of Heed and is ignored; did you mean HEED_PORT?")
 
@@ -257,6 +258,15 @@ def test_a_damaged_log(checked: Checked, data: Path):
     assert (code, one(found, "log")[0]) == (1, "fail")
 
 
+def test_a_damaged_state_is_told_once_and_not_as_the_models_fault(checked: Checked, data: Path):
+    (data / "learner").mkdir(parents=True)
+    (data / "learner" / "state.db").write_bytes(b"no database" * 1000)
+    code, found = checked()
+    failed = [name for name, told in found.items() for verdict, _ in told if verdict == "fail"]
+    assert (code, failed) == (1, ["reading"])
+    assert found["model"][0][0] == "ok"
+
+
 def test_a_kafka_that_is_dead_empty_or_does_not_answer(checked: Checked, data: Path, kafka: Broker):
     started = time.monotonic()
     dead = one(checked(HEED_KAFKA_BOOTSTRAP="127.0.0.1:9,127.0.0.1:10")[1], "log")
@@ -360,6 +370,25 @@ def test_keys_are_named_and_a_broken_file_of_them_is_told(checked: Checked, tmp_
     code, found = checked(HEED_API_KEYS_FILE=str(path))
     verdict, says = one(found, "keys")
     assert (code, verdict, "sha256 must be" in says) == (1, "fail", True)
+
+
+class Trickles(NotHeed):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        with contextlib.suppress(OSError):
+            while True:
+                self.send_header("x-more", "to come")
+                self.flush_headers()
+                time.sleep(0.1)
+
+
+def test_a_stranger_whose_answer_never_ends(checked: Checked):
+    with HTTPServer(("127.0.0.1", 0), Trickles) as other:
+        threading.Thread(target=other.serve_forever).start()
+        code, found = checked(HEED_PORT=str(other.server_port))
+        other.shutdown()
+    assert (code, one(found, "server")[0]) == (1, "fail")
+    assert "did not answer within 2 s" in one(found, "server")[1]
 
 
 def test_a_server_of_another_data_folder_loading_or_with_keys(

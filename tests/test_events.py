@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from feedback.events import (
     SCHEMA,
@@ -130,6 +130,20 @@ def test_an_additional_field_is_passed_over() -> None:
 def test_what_is_none_of_ours_is_a_validation_error(text: str) -> None:
     with pytest.raises(ValidationError):
         parse_event(text)
+
+
+@pytest.mark.parametrize("model", [Message, SamplingUsed, ExchangeContent, FeedbackContent, Exchange, Feedback])
+def test_what_a_person_said_is_not_in_the_words_of_an_error(model: type[BaseModel]) -> None:
+    """A traceback goes into the log."""
+    with pytest.raises(ValidationError) as raised:
+        model.model_validate(dict.fromkeys(model.model_fields, "MARKER-of-a-person"))
+    assert "MARKER" not in str(raised.value)
+
+
+def test_no_event_is_quoted_where_it_cannot_be_read() -> None:
+    with pytest.raises(ValidationError) as raised:
+        parse_event(EXCHANGE.to_json().replace('"turn":2', '"turn":"MARKER-of-a-person"'))
+    assert "MARKER" not in str(raised.value)
 
 
 def test_an_event_cannot_be_changed() -> None:

@@ -98,6 +98,13 @@ def test_of_a_path_only_the_template_is_told_and_nothing_of_a_query(server: Serv
     assert "secret" not in lines.text
 
 
+def test_of_a_method_that_nobody_knows_it_is_told_that_it_was_another(server: Served, lines: Lines):
+    assert server.http.request("MARKER", "/v1/models").status_code == 405
+    server.until(lambda: bool(lines.answered()))
+    assert [line["method"] for line in lines.answered()] == ["_OTHER"]
+    assert "MARKER" not in lines.text
+
+
 @pytest.mark.parametrize("given", ["7f3c", "req_" + "a" * 124, "trace/1:2=3+4"])
 def test_a_clients_own_request_id_is_taken_and_sent_back(server: Served, lines: Lines, given: str):
     answer = server.http.get("/v1/models", headers={"x-request-id": given})

@@ -164,6 +164,25 @@ def test_feedback_is_a_trace_too_and_what_machines_ask_again_and_again_is_none(t
     assert "MARKER" not in "".join(span.to_json() for span in spans.values())
 
 
+def test_a_word_that_is_no_method_names_no_span(traced: Callable[..., Seen]):
+    seen = traced()
+    assert seen.server.http.request(MARK, "/v1/models").status_code == 405
+    [(name, span)] = seen.spans(1).items()
+    assert (name, told(span)["http.request.method"]) == ("HTTP /v1/models", "_OTHER")
+    assert MARK not in span.to_json()
+
+
+@pytest.mark.parametrize("header", ["traceparent", "tracestate"])
+def test_what_is_no_trace_of_a_clients_is_passed_over_without_a_word(
+    header: str, traced: Callable[..., Seen], caplog: pytest.LogCaptureFixture
+):
+    seen = traced()
+    sent = {"traceparent": f"00-{TRACE}-{CALLER}-01", header: f"{MARK}=" + "x" * 600}
+    assert seen.server.http.get("/v1/models", headers=sent).status_code == 200
+    [span] = seen.spans(1).values()
+    assert MARK not in span.to_json() + caplog.text
+
+
 def test_a_stream_that_nobody_reads_to_its_end_ends_its_spans(traced: Callable[..., Seen]):
     seen = traced()
     body = {"model": "default", "messages": [{"role": "user", "content": "hello"}], "n": 4}

@@ -34,7 +34,7 @@ def opinions() -> list[Panel]:
             "The current version beside the one before and the base (v0)",
             "Of thumbs and ratings within the window, for each version of which anything was said: the share liked (thumb up, 4 "
             "or 5 stars) and the mean stars, each with the bounds of its 95% confidence interval and how many were counted. Not "
-            "among them is what was said in the minute of a swap, or of versions before the one before: GET /v1/policy counts all.",
+            "among them is what was said in the minute of a swap, or of versions before both: GET /v1/policy counts all.",
             "the current version's `at least` is above the `at most` of the others: it is surely better.",
             "its `at most` is below their `at least`: roll it back (`heed adapters rollback`). Where intervals overlap, "
             "nobody knows yet: wait, or take a longer window.",

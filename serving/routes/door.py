@@ -25,6 +25,9 @@ SHORT_BODY_BYTES = 1 << 16
 QUIET = re.compile(r"/(health|ready|metrics|static/.*)?")
 """Paths that machines ask for again and again, and the page: told of at level debug, and never traced."""
 _SANE_ID = re.compile(r"[!-~]{1,128}")
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
+OTHER_METHOD = "_OTHER"
+"""Stands for every other word that a client puts there, as in OpenTelemetry's conventions for HTTP."""
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("serving.access")
@@ -36,6 +39,7 @@ class Visit:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self.headers = Headers(scope=scope)
+        self.method = scope["method"] if scope["method"] in METHODS else OTHER_METHOD
         self.status = 0
         """Of its answer; 0 before there is one."""
         given = self.headers.get("x-request-id", "")
@@ -81,7 +85,7 @@ class Door:
             except Exception:  # a defect: nobody above would say so in our shape
                 if visit.status:
                     raise  # an answer that was begun is cut off, so that nobody takes it for whole
-                _log.exception("%s %s failed", scope["method"], visit.route)
+                _log.exception("%s %s failed", visit.method, visit.route)
                 failed = HeedError("The server failed on this request; its log says how. Trying again may help.")
                 await JSONResponse(failed.body(), failed.status)(scope, receive, answer)
 
@@ -98,9 +102,9 @@ class Door:
                 seconds = time.monotonic() - began
                 self._parts.metrics.answered(visit.route, visit.status, seconds)
                 level = logging.WARNING if visit.status >= 500 else logging.INFO
-                told = {"route": visit.route, "status": visit.status, "seconds": round(seconds, 4)}
-                method = {"method": visit.scope["method"]}
-                _access.log(logging.DEBUG if visit.quiet else level, "answered", extra=method | told)
+                told = {"method": visit.method, "route": visit.route, "status": visit.status}
+                told |= {"seconds": round(seconds, 4)}
+                _access.log(logging.DEBUG if visit.quiet else level, "answered", extra=told)
 
 
 class _Bounded:
