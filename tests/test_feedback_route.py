@@ -127,20 +127,26 @@ def test_the_key_may_come_as_a_header(quiet: Served):
 
 
 def test_what_a_proxy_sends_again_counts_once(quiet: Served):
-    """nginx and Envoy send the same X-Request-ID with each try; some clients send one id with all that they do."""
     body = {"kind": "thumb", "reply_id": reply(quiet), "value": "up"}
-    receipts = [give(quiet, {"X-Request-ID": "r"}, **body).json()["id"] for _ in range(2)]
+    receipts = [give(quiet, {"X-Heed-Once": "r"}, **body).json()["id"] for _ in range(2)]
     assert receipts[0] == receipts[1]
     assert len(quiet.said()) == 1
     others = [
-        give(quiet, {"X-Request-ID": "r"}, **body | {"value": "down"}),
-        give(quiet, {"X-Request-ID": "s"}, **body),
+        give(quiet, {"X-Heed-Once": "r"}, **body | {"value": "down"}),
+        give(quiet, {"X-Heed-Once": "s"}, **body),
     ]
     assert [other.status_code for other in others] == [202, 202]
-    keyed = [give(quiet, {"X-Request-ID": name}, **body, id="k").json()["id"] for name in "rs"]
+    keyed = [give(quiet, {"X-Heed-Once": name}, **body, id="k").json()["id"] for name in "rs"]
     assert keyed[0] == keyed[1]
     assert len({*receipts, *keyed, *(other.json()["id"] for other in others)}) == 4
     assert len(quiet.said()) == 4
+
+
+def test_one_request_id_for_all_that_a_client_sends_loses_no_change_of_mind(quiet: Served):
+    body = {"kind": "thumb", "reply_id": reply(quiet), "user": "ann"}
+    for value in ("up", "down", "up"):
+        give(quiet, {"X-Request-ID": "the session"}, **body, value=value)
+    assert [said.value for said in quiet.said()] == [1, 0, 1]
 
 
 def test_posts_at_the_same_moment_are_one_event(quiet: Served):

@@ -40,8 +40,8 @@ async def give(request: Request) -> Response:
     client = await client_of(request, parts, request.headers.get("authorization", ""))
     await within_quota(client, parts)
     said = await _read_and_count(request)
-    key, request_id = (request.headers.get(name) for name in ("idempotency-key", "x-request-id"))
-    receipt = await Intake(parts).accept(said, client, key, request_id)
+    key, once = (request.headers.get(name) for name in ("idempotency-key", "x-heed-once"))
+    receipt = await Intake(parts).accept(said, client, key, once)
     return Response(f'{{"id":"{receipt}","status":"accepted"}}', 202, media_type="application/json")
 
 

@@ -43,15 +43,16 @@ class Intake:
     def __init__(self, parts: Wiring) -> None:
         self._parts = parts
 
-    async def accept(self, said: Said, client: Client, header_key: str | None, request_id: str | None = None) -> str:
+    async def accept(self, said: Said, client: Client, header_key: str | None, once: str | None = None) -> str:
         """Keep what was said, and return the receipt's id.
 
-        `request_id`: the same words under the same one count once, where the client gave no key: a proxy sent them again.
+        `once`: a proxy's name of the request, the same on each try: what it sends again counts once, also where the client
+        gave no key.
         Raises UnknownReply, NotStored, Conflict (the id was used with another body), Unavailable (nothing was kept),
         Unprocessable (header and body name different keys).
         """
         try:
-            repeated, feedback_id = await self._accept(said, client, _key(said.id, header_key), request_id)
+            repeated, feedback_id = await self._accept(said, client, _key(said.id, header_key), once)
         except HeedError as error:
             self._parts.metrics.feedback.labels(said.kind, _OUTCOMES[type(error)]).inc()
             raise
@@ -72,7 +73,7 @@ class Intake:
         kind = receipt.kind if receipt and receipt.kind in KINDS else "unknown"  # a newer server's may be none of ours
         self._parts.metrics.feedback.labels(kind, "retracted").inc()
 
-    async def _accept(self, said: Said, client: Client, key: str | None, request_id: str | None) -> tuple[bool, str]:
+    async def _accept(self, said: Said, client: Client, key: str | None, once: str | None) -> tuple[bool, str]:
         """Whether it had been accepted before, and the receipt's id."""
         ids, accepting = self._parts.ids, self._parts.accepting
         for reply_id in named(said):
@@ -84,8 +85,8 @@ class Intake:
                 )
         caller = client.caller(said.user)
         digest = ids.digest(said.model_dump_json(exclude={"id"}).encode())
-        if key is None and request_id:  # some clients send one id with all that they do: with other words it is another
-            key = f"{request_id} {digest}"
+        if key is None and once:
+            key = f"{once} {digest}"  # with other words it is another: whoever sends this header with all it says loses nothing
         feedback_id = ids.new_feedback(caller, key, client.key)
         event = _event(said, feedback_id, ids.pseudonym(caller), digest)
         if key is None:  # a receipt that nobody could have had before: no look-up, and nobody to wait for
