@@ -28,7 +28,6 @@ EXCHANGES_A_MINUTE = 200
 PEOPLE = 8
 HOLD_S = 3.5, 5.0
 """Longer than the 2 s after which what Kafka does not take goes to the outbox."""
-NOTHING_IS_TAKEN = {"server killed", "disk full"}
 LONG = pytest.param(600.0, 15.0, marks=pytest.mark.soak, id="long")
 SHORT = pytest.param(40.0, 5.5, id="short")
 SHORTER = pytest.param(20.0, 5.5, id="short")
@@ -49,8 +48,7 @@ def test_every_202_counts_once_with_kafka_and_redis(tmp_path: Path, model_folder
 @pytest.mark.parametrize(("seconds", "every_s"), [SHORTER, LONG])
 def test_every_202_counts_once_in_one_folder(tmp_path: Path, model_folder: Path, seconds: float, every_s: float):
     with embedded(tmp_path, model_folder) as world:
-        crowd = survives(world, seconds, every_s)
-        assert world.disk is None or crowd.unkept  # it was really full
+        survives(world, seconds, every_s)
 
 
 def survives(world: World, seconds: float, every_s: float) -> Crowd:
@@ -91,10 +89,10 @@ def trouble(world: World, crowd: Crowd, chance: random.Random, seconds: float, e
         names = [fault.name for fault in faults]
         print(f"{time.monotonic() - over + seconds:6.1f} s: {' and '.join(names)}", flush=True)
         crowd.troubles = frozenset(names)
-        before = {name: crowd.taken[name] for name in names}
+        before = crowd.taken.copy(), len(crowd.unkept)
         time.sleep(chance.uniform(*HOLD_S))
-        if NOTHING_IS_TAKEN.isdisjoint(names):
-            until(partial(_was_taken, crowd, before), f"feedback is taken while {names}")
+        if "server killed" not in names:
+            until(partial(_was_felt, crowd, names, *before), f"people notice {names}")
         crowd.troubles = frozenset()
         for fault in faults:
             fault.end()
@@ -105,5 +103,8 @@ def trouble(world: World, crowd: Crowd, chance: random.Random, seconds: float, e
     return struck
 
 
-def _was_taken(crowd: Crowd, before: dict[str, int]) -> bool:
-    return all(crowd.taken[name] > count for name, count in before.items())
+def _was_felt(crowd: Crowd, names: list[str], taken: Counter[str], unkept: int) -> bool:
+    """Whether feedback was taken all the same; on a full disk, whether a reply could not be kept: a file may have room left."""
+    if "disk full" in names:
+        return len(crowd.unkept) > unkept
+    return all(crowd.taken[name] > taken[name] for name in names)
