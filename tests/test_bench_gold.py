@@ -182,7 +182,7 @@ def test_11_gold_rises_with_a_quarter_of_the_thumbs_wrong_until_the_gate_and_the
 ) -> None:
     monkeypatch.setattr(gold, "THUMBS", 300)
     monkeypatch.setattr(gold, "REPLIES", 3)
-    config = LearnerConfig(report_samples=0, rollout_tokens=64, kl_limit=1.0)
+    config = LearnerConfig(report_samples=0, rollout_tokens=64, rollouts=64, gate_samples=128, kl_limit=1.0)
     line, rows = gold.Line(Trainer(config), tmp_path, 2), list[Json]()
     for _ in range(3):
         rows.append(line.step(rows))
