@@ -29,7 +29,7 @@ ANSWERS: Mapping[str, tuple[int, ...]] = {
     "/v1/feedback": (202, *_BODY, 401, 404, 409, 422, 429, 503),
     "/v1/feedback/{feedback_id}": (200, 401, 404, 503),
     "/v1/policy": (200, 401),
-    "/v1/replies/{reply_id}": (200, 401, 404),
+    "/v1/replies/{reply_id}": (200, 401, 404, 409),
     "/health": (200,),
     "/ready": (200, 503),
     "/version": (200,),
