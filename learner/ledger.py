@@ -100,9 +100,10 @@ class Ledger:
         """The newest update that is over."""
         return self._one("WHERE finished IS NOT NULL")
 
-    def reports(self) -> Iterator[Json]:
-        """What each update that reached the gate reported, the oldest first."""
-        for (report,) in self.state.db.execute("SELECT report FROM updates WHERE report IS NOT NULL ORDER BY number"):
+    def reports(self, newest: int) -> Iterator[Json]:
+        """What so many of the newest updates that reached the gate reported, the oldest of them first."""
+        query = "SELECT number, report FROM updates WHERE report IS NOT NULL ORDER BY number DESC LIMIT ?"
+        for (report,) in self.state.db.execute(f"SELECT report FROM ({query}) ORDER BY number", (newest,)):
             yield json.loads(report)
 
     def unfinished(self) -> Update | None:

@@ -20,6 +20,8 @@ from learner.state import State
 from learner.watching import Lines, Watcher
 
 REPORT = "policy"
+REMEMBERED = 20
+"""Updates whose figures a learner that starts shows: the newest has nearly all of them, and a report may be long."""
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class Notices:
 
     def remember(self, ledger: Ledger) -> None:
         """Show what a learner before this one showed of its updates."""
-        for report in ledger.reports():
+        for report in ledger.reports(REMEMBERED):
             self.metrics.show(report)
         last = ledger.ended()
         if last is not None:
